@@ -1,0 +1,1 @@
+"""Measuring pipelines, and the pictures and the page that show what was measured."""

@@ -1,0 +1,132 @@
+"""How far samples are from data, on features of shape (N, d): each figure with an interval and the number of samples.
+
+Pixels in [0, 1] are features good enough for small grey images; larger images want a network's. Whatever the features, a
+figure means little without its floor: the same figure for the training images themselves, against the held-out ones.
+"""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from scipy.stats import binomtest
+from sklearn.neighbors import NearestNeighbors
+from torch import nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.image.kid import KernelInceptionDistance
+
+LEVEL = 0.95  # of every interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured figure: its value, a 95 % interval over draws of the samples, and their number."""
+
+    value: float
+    interval: tuple[float, float]
+    n: int
+
+    def as_json(self) -> dict:
+        return asdict(self) | {"interval": list(self.interval)}
+
+
+class Features(nn.Module):
+    """Features that are there already, in the place of a network that would make them: (N, d) to itself."""
+
+    def __init__(self, num_features: int):
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return features
+
+
+def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> dict[str, Estimate]:
+    """Every figure for samples against held-out data, both of shape (N, d), float.
+
+    Raises:
+        ValueError: shapes that do not fit, or values that are not finite.
+    """
+    if samples.ndim != 2 or reference.ndim != 2 or samples.shape[1] != reference.shape[1]:
+        raise ValueError(f"features of shapes {tuple(samples.shape)} and {tuple(reference.shape)}; both must be (N, d)")
+    if not bool(samples.isfinite().all()):
+        raise ValueError("the samples hold values that are not finite")
+    precision, recall = precision_recall(samples, reference)
+    return {
+        "frechet_distance": frechet_distance(samples, reference, seed),
+        "kernel_distance": kernel_distance(samples, reference, seed),
+        "precision": precision,
+        "recall": recall,
+        "diversity": diversity(samples, reference, seed),
+    }
+
+
+def frechet_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, resamples: int = 50) -> Estimate:
+    """|mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2)), the distance of two Gaussians fitted to the features.
+
+    Heusel et al. 2017 (https://arxiv.org/abs/1706.08500), eq. (6). The value depends on N. The interval is the value +- 1.96
+    standard errors by the bootstrap over samples, whose own values are biased upwards and so give no interval directly.
+    """
+    metric = FrechetInceptionDistance(Features(samples.shape[1]), reset_real_features=False)
+    metric.update(reference, real=True)
+
+    def distance(of: torch.Tensor) -> float:
+        metric.reset()
+        metric.update(of, real=False)
+        return metric.compute().item()
+
+    value = distance(samples)
+    return Estimate(value, normal_interval(value, [distance(draw) for draw in bootstrap(samples, seed, resamples)]), len(samples))
+
+
+def kernel_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, subsets: int = 100) -> Estimate:
+    """Squared maximum mean discrepancy under the kernel (x . y / d + 1)^3, unbiased: 0 for equal distributions.
+
+    Binkowski et al. 2018 (https://arxiv.org/abs/1801.01401), section 3. The mean over random subsets of half the smaller set; the
+    interval is +- 1.96 standard deviations of the subsets' values, wider than the mean's own.
+    """
+    size = min(len(samples), len(reference)) // 2
+    metric = KernelInceptionDistance(Features(samples.shape[1]), subsets=subsets, subset_size=size)
+    metric.update(reference.double(), real=True)
+    metric.update(samples.double(), real=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean, std = (x.item() for x in metric.compute())
+    return Estimate(mean, (mean - 1.96 * std, mean + 1.96 * std), len(samples))
+
+
+def precision_recall(samples: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[Estimate, Estimate]:
+    """The share of samples within the data's manifold, and of data within the samples', each a union of k-NN balls.
+
+    Kynkäänniemi et al. 2019 (https://arxiv.org/abs/1904.06991), eq. (1) to (3). Wilson intervals.
+    """
+
+    def share_inside(points: torch.Tensor, manifold: torch.Tensor) -> Estimate:
+        balls = NearestNeighbors(n_neighbors=k + 1).fit(manifold.numpy())
+        radii = balls.kneighbors(manifold.numpy())[0][:, -1]  # the nearest neighbour of a point is itself
+        distances = torch.cdist(points.double(), manifold.double()).numpy()
+        inside = int((distances <= radii[None]).any(1).sum())
+        interval = binomtest(inside, len(points)).proportion_ci(LEVEL, method="wilson")
+        return Estimate(inside / len(points), (float(interval.low), float(interval.high)), len(points))
+
+    return share_inside(samples, reference), share_inside(reference, samples)
+
+
+def diversity(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, resamples: int = 50) -> Estimate:
+    """The mean over features of the samples' standard deviation, over that of the data: 0 all alike, 1 as varied as data."""
+    data_std = reference.std(0).mean().item()
+    value = samples.std(0).mean().item() / data_std
+    draws = [draw.std(0).mean().item() / data_std for draw in bootstrap(samples, seed, resamples)]
+    return Estimate(value, normal_interval(value, draws), len(samples))
+
+
+def bootstrap(samples: torch.Tensor, seed: int, resamples: int):
+    """Draws of as many samples with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(resamples):
+        yield samples[torch.randint(len(samples), (len(samples),), generator=generator)]
+
+
+def normal_interval(value: float, draws: list[float]) -> tuple[float, float]:
+    """The value +- 1.96 standard deviations of its draws."""
+    error = 1.96 * float(np.std(draws))
+    return value - error, value + error

@@ -1,0 +1,1 @@
+"""The models of the ladder, one self-sufficient file each."""

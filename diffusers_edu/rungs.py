@@ -1,0 +1,217 @@
+"""The ladder as a table: what each rung builds, what it learns, and its defaults."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import set_seed
+from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, UNet2DModel
+
+from .models.modeling_stacked_dae import StackedDenoisingAutoencoder
+from .models.modeling_vae import VariationalAutoencoder
+from .pipelines.pipeline_latent_diffusion import LatentDiffusionPipeline
+from .pipelines.pipeline_stacked_dae import StackedDAEPipeline
+from .pipelines.pipeline_vae import VAEPipeline
+from .schedulers.scheduling_edu_ddpm import EduDDPMScheduler
+from .training.configuration import TrainingConfig, UsageError
+from .training.data import ImageData, load_data
+from .training.objectives import DenoisingObjective, DiffusionObjective, Objective, VariationalObjective
+from .training.trainer import make_accelerator, train
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One rung of the ladder.
+
+    Args:
+        title: its plain name.
+        change: what is new against the rung before, a sentence.
+        build: makes the untrained pipeline.
+        objective: makes the objective that trains it.
+        defaults: of the configuration, where they differ from `TrainingConfig`'s.
+        num_inference_steps: for sampling; None where it has no meaning.
+    """
+
+    title: str
+    change: str
+    build: Callable[[TrainingConfig, ImageData], DiffusionPipeline]
+    objective: Callable[[Any, TrainingConfig], Objective]
+    defaults: dict[str, Any] = field(default_factory=dict)
+    num_inference_steps: int | None = None
+
+
+def build_stack(config: TrainingConfig, data: ImageData, **kwargs: Any) -> DiffusionPipeline:
+    model = StackedDenoisingAutoencoder(in_channels=data.channels, sample_size=data.resolution, **kwargs)
+    return StackedDAEPipeline(model)
+
+
+def build_vae(config: TrainingConfig, data: ImageData) -> DiffusionPipeline:
+    vae = VariationalAutoencoder(
+        in_channels=data.channels, out_channels=data.channels, sample_size=data.resolution, posterior=config.posterior
+    )
+    return VAEPipeline(vae)
+
+
+def build_unet(channels: int, size: int, widths: tuple[int, ...], num_class_embeds: int | None = None) -> UNet2DModel:
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=widths,
+        layers_per_block=1,
+        down_block_types=("DownBlock2D",) * len(widths),
+        up_block_types=("UpBlock2D",) * len(widths),
+        norm_num_groups=8,
+        add_attention=False,
+        num_class_embeds=num_class_embeds,
+    )
+
+
+def build_scheduler(config: TrainingConfig, clip_sample: bool) -> EduDDPMScheduler:
+    return EduDDPMScheduler(
+        num_train_timesteps=config.num_train_timesteps,
+        beta_schedule=config.beta_schedule,
+        prediction_type=config.prediction_type,
+        clip_sample=clip_sample,
+    )
+
+
+def build_ddpm(config: TrainingConfig, data: ImageData) -> DiffusionPipeline:
+    # Halve while the size is even and more than 4; the widths double once, then stay.
+    widths, size = [32], data.resolution
+    while size % 2 == 0 and size > 4:
+        widths, size = [*widths, 64], size // 2
+    return DDPMPipeline(build_unet(data.channels, data.resolution, tuple(widths)), build_scheduler(config, clip_sample=True))
+
+
+def build_latent_diffusion(config: TrainingConfig, data: ImageData) -> DiffusionPipeline:
+    vae = load_vae(config.vae_path)
+    if vae.config.in_channels != data.channels:
+        raise UsageError(f"the vae of {config.vae_path} takes {vae.config.in_channels} channels, the images have {data.channels}")
+    downsampling = 2 ** (len(vae.config.block_out_channels) - 1)
+    if data.resolution % downsampling:
+        raise UsageError(f"--resolution {data.resolution}: the vae of {config.vae_path} takes multiples of {downsampling}")
+    num_classes = None
+    if config.class_conditional:
+        if data.labels is None:
+            raise UsageError("--class_conditional: the data has no class labels")
+        num_classes = len(data.class_names) + 1
+    size = data.resolution // downsampling
+    # Two widths need an even size: the second works at half of it.
+    widths = (64, 64) if size % 2 == 0 else (64,)
+    unet = build_unet(vae.config.latent_channels, size, widths, num_classes)
+    return LatentDiffusionPipeline(vae, unet, build_scheduler(config, clip_sample=False))
+
+
+def load_vae(path: str | None) -> Any:
+    """The VAE of a saved pipeline, or one saved alone.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        if (Path(str(path)) / "model_index.json").exists():
+            return AutoModel.from_pretrained(path, subfolder="vae")
+        return AutoModel.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        raise UsageError(f"--vae_path {path}: there is no VAE that can be loaded") from error
+
+
+RUNGS: dict[str, Rung] = {
+    "dae": Rung(
+        title="Denoising autoencoder",
+        change="One encoder-decoder is asked to remove all the noise at once.",
+        build=lambda config, data: build_stack(config, data, num_stages=1, fresh_noise=False),
+        objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
+        defaults=dict(max_train_steps=400, train_batch_size=64, learning_rate=2e-3),
+        num_inference_steps=1,
+    ),
+    "stacked_dae": Rung(
+        title="Stacked denoising autoencoders",
+        change="The noise comes in increments, with one encoder-decoder for each; an image is handed from stage to stage.",
+        build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=False),
+        objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
+        defaults=dict(max_train_steps=300, train_batch_size=64, learning_rate=2e-3),
+        num_inference_steps=10,
+    ),
+    "noisy_stacked_dae": Rung(
+        title="Stacked denoising autoencoders with fresh noise",
+        change="Fresh noise enters before every stage, in training and in sampling.",
+        build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=True),
+        objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
+        defaults=dict(max_train_steps=800, train_batch_size=64, learning_rate=2e-3),
+        num_inference_steps=10,
+    ),
+    "vae": Rung(
+        title="Variational autoencoder",
+        change="The code itself is random, and known: a KL term pulls it to N(0, I), so that codes can be drawn without an image.",
+        build=build_vae,
+        objective=lambda pipeline, config: VariationalObjective(pipeline.vae, config.kl_weight),
+        defaults=dict(max_train_steps=700, train_batch_size=128, learning_rate=2e-3, ema_max_decay=0.99),
+    ),
+    "ddpm": Rung(
+        title="Denoising diffusion",
+        change="One network, told the timestep, serves all noise levels; mean and variance are scaled until x_T is isotropic "
+        "Gaussian, and every reverse step is a term of the evidence lower bound.",
+        build=build_ddpm,
+        objective=lambda pipeline, config: DiffusionObjective(pipeline.unet, pipeline.scheduler),
+        defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3),
+        num_inference_steps=50,
+    ),
+    "latent_diffusion": Rung(
+        title="Latent diffusion",
+        change="The same diffusion, of the codes of the variational autoencoder: it replaces the prior, and keeps the decoder.",
+        build=build_latent_diffusion,
+        objective=lambda pipeline, config: DiffusionObjective(
+            pipeline.unet, pipeline.scheduler, pipeline.vae, config.label_dropout
+        ),
+        defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=3e-3),
+        num_inference_steps=50,
+    ),
+}
+
+
+def configuration(rung: str, **changes: Any) -> TrainingConfig:
+    """The configuration of a rung: its defaults, and the changes to them.
+
+    Raises:
+        UsageError: an unknown rung, or a value out of its range.
+    """
+    if rung not in RUNGS:
+        raise UsageError(f"--rung {rung}: choose from {', '.join(RUNGS)}")
+    config = TrainingConfig(rung=rung, **{**RUNGS[rung].defaults, **changes})
+    config.validate()
+    return config
+
+
+def train_rung(config: TrainingConfig) -> Any:
+    """Train a rung and save its pipeline in `config.output_dir`; return the pipeline.
+
+    `latent_diffusion` without a `vae_path` trains its VAE first, with the defaults of that rung, in the folder `vae_rung` of its
+    own.
+    """
+    if config.rung == "latent_diffusion" and config.vae_path is None:
+        shared = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution", "posterior", "seed",
+                  "mixed_precision", "resume_from_checkpoint", "dataloader_num_workers")  # fmt: skip
+        chosen = {name: getattr(config, name) for name in shared}
+        first = configuration("vae", output_dir=str(Path(config.output_dir) / "vae_rung"), **chosen)
+        train_rung(first)
+        config = replace(config, vae_path=first.output_dir)
+
+    rung = RUNGS[config.rung]
+    accelerator = make_accelerator(config)
+    with accelerator.main_process_first():  # one process decodes and fills the caches, the others read them
+        data, _ = load_data(config)
+    set_seed(config.seed)
+    try:
+        pipeline = rung.build(config, data)
+    except UsageError:
+        raise
+    except ValueError as error:
+        raise UsageError(f"--resolution {data.resolution}: {error}") from error
+    pipeline.set_progress_bar_config(disable=True)
+    train(pipeline, rung.objective(pipeline, config), data, config, accelerator)
+    if config.push_to_hub and accelerator.is_main_process:
+        pipeline.push_to_hub(config.hub_model_id or Path(config.output_dir).name)
+    return pipeline

@@ -1,0 +1,1 @@
+"""The scheduler: the forward and the reverse process."""

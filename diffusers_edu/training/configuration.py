@@ -1,0 +1,135 @@
+"""What a training run is: one dataclass, whose fields are the flags, saved beside the result before the first step."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+CONFIG_NAME = "training_config.json"
+
+# What may change between a run and its continuation, because it does not change what is learned.
+OPERATIONAL = {
+    "output_dir",
+    "max_train_steps",
+    "resume_from_checkpoint",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "dataloader_num_workers",
+    "logging_steps",
+    "report_to",
+    "push_to_hub",
+    "hub_model_id",
+}
+
+
+class UsageError(ValueError):
+    """A mistake in a flag, a path or the data. The message is one line that says what to do."""
+
+
+def flag(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class TrainingConfig:
+    """One training run. The flags are those of diffusers' own training examples; the rung sets some defaults."""
+
+    rung: str = flag("ddpm", "Which rung of the ladder to train.")
+    output_dir: str = flag("runs/train", "Where the pipeline, its checkpoints, configuration and log go.")
+
+    dataset_name: str | None = flag(None, "'digits' (bundled with scikit-learn), or any dataset for `datasets.load_dataset`.")
+    dataset_config_name: str | None = flag(None, "The configuration of that dataset.")
+    train_data_dir: str | None = flag(None, "A folder of images (with a folder per class, if any) or of parquet files.")
+    image_column: str | None = flag(None, "The column of the images; by default the first one that holds images.")
+    resolution: int | None = flag(None, "Height and width; by default the images' own where all share one, else 64.")
+
+    vae_path: str | None = flag(None, "latent_diffusion: a saved vae run, or any diffusers VAE; by default one is trained first.")
+    posterior: Literal["diagonal", "full"] = flag("diagonal", "vae: the covariance of q(z | x).")
+    kl_weight: float = flag(1.0, "vae: the weight of the KL term; 1 is the evidence lower bound.")
+    num_stages: int = flag(10, "stacked rungs: the number of denoising autoencoders.")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag("v_prediction", "diffusion: what the network predicts.")
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = flag(
+        "squaredcos_cap_v2", "diffusion: the noise schedule."
+    )
+    num_train_timesteps: int = flag(1000, "diffusion: T, the number of noise levels.")
+    class_conditional: bool = flag(False, "latent_diffusion: condition on the data's class labels.")
+    label_dropout: float = flag(0.1, "The share of labels dropped in training, for classifier-free guidance.")
+
+    train_batch_size: int = flag(128, "Batch size of each process.")
+    max_train_steps: int = flag(1000, "Optimiser steps.")
+    gradient_accumulation_steps: int = flag(1, "Batches of each optimiser step.")
+    learning_rate: float = flag(1e-3, "Peak learning rate.")
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = flag(
+        "cosine", "The course of the learning rate."
+    )
+    lr_warmup_steps: int = flag(50, "Steps over which the learning rate rises from 0.")
+    adam_beta1: float = flag(0.9, "AdamW: decay of the mean.")
+    adam_beta2: float = flag(0.999, "AdamW: decay of the square.")
+    adam_weight_decay: float = flag(0.01, "AdamW: weight decay.")
+    adam_epsilon: float = flag(1e-8, "AdamW: epsilon.")
+    max_grad_norm: float = flag(1.0, "The norm at which gradients are clipped.")
+    mixed_precision: Literal["no", "fp16", "bf16"] = flag("no", "The dtype of the network's forward pass.")
+    use_ema: bool = flag(True, "Keep an exponential moving average of the weights, and save that.")
+    ema_max_decay: float = flag(0.995, "The largest decay of the average.")
+    ema_inv_gamma: float = flag(1.0, "The decay at step n is 1 - (1 + n / inv_gamma)^-power, up to the largest.")
+    ema_power: float = flag(0.75, "See ema_inv_gamma.")
+
+    seed: int = flag(0, "Of the weights, the order of the data and the noise.")
+    dataloader_num_workers: int = flag(0, "Processes that load data; 0 loads in the training process.")
+    checkpointing_steps: int = flag(500, "Steps between checkpoints.")
+    checkpoints_total_limit: int | None = flag(None, "Checkpoints to keep; the oldest go first. By default all are kept.")
+    resume_from_checkpoint: str | None = flag(None, "'latest', or the path of a checkpoint of this run.")
+    logging_steps: int = flag(1, "Steps between lines of log.jsonl.")
+    report_to: str | None = flag(None, "A tracker of Accelerate's besides: tensorboard, wandb, ...")
+    push_to_hub: bool = flag(False, "Upload the pipeline at the end.")
+    hub_model_id: str | None = flag(None, "The repository to upload to; by default the name of the output folder.")
+
+    def validate(self) -> None:
+        """Raise a `UsageError` that names the flag for a value out of its range."""
+        hints = get_type_hints(type(self))
+        for name, hint in hints.items():
+            choices, value = get_args(hint), getattr(self, name)
+            if choices and isinstance(choices[0], str) and value not in choices:
+                raise UsageError(f"--{name} {value}: choose from {', '.join(choices)}")
+        if (self.dataset_name is None) == (self.train_data_dir is None):
+            raise UsageError("give one of --dataset_name and --train_data_dir")
+        positive = ("train_batch_size", "max_train_steps", "gradient_accumulation_steps", "num_stages", "num_train_timesteps",
+                    "checkpointing_steps", "logging_steps", "learning_rate", "max_grad_norm", "kl_weight", "checkpoints_total_limit",
+                    "resolution")  # fmt: skip
+        for name in positive:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"--{name} {value}: it must be greater than 0")
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"--{name} {getattr(self, name)}: it must be 0 or more")
+        for name in ("label_dropout", "ema_max_decay"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UsageError(f"--{name} {getattr(self, name)}: it must lie between 0 and 1")
+
+    def save(self) -> None:
+        """Write the configuration into the output folder.
+
+        Raises:
+            UsageError: the folder holds the configuration of another run. Nothing is changed then.
+        """
+        path = Path(self.output_dir) / CONFIG_NAME
+        if path.exists():
+            self.refuse_another(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+        except OSError as error:
+            raise UsageError(f"--output_dir {self.output_dir}: cannot be written ({error.strerror})") from error
+
+    def refuse_another(self, path: Path) -> None:
+        try:
+            saved = json.loads(path.read_text())
+        except (OSError, json.JSONDecodeError) as error:
+            raise UsageError(f"{path} cannot be read; move the folder away or choose another --output_dir") from error
+        mine = dataclasses.asdict(self)
+        changed = [name for name in mine if name not in OPERATIONAL and saved.get(name) != mine[name]]
+        if changed:
+            differences = ", ".join(f"{name} {saved.get(name)} -> {mine[name]}" for name in changed)
+            raise UsageError(f"{self.output_dir} holds another run ({differences}); choose another --output_dir or move it away")

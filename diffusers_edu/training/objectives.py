@@ -1,0 +1,169 @@
+"""What each model of the ladder learns: (batch, noise) -> loss and named terms.
+
+An objective holds the models of one pipeline. `model` is the one that learns; `loss` gets it again as an argument, since
+Accelerate may have wrapped it. A batch holds `images`, float32 (B, C, H, W) in [-1, 1], and `labels`, int64 (B,), where the
+data has them. `noise` is a [`StepNoise`] for the rows of the batch.
+"""
+
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .randomness import StepNoise
+
+Batch = dict[str, torch.Tensor]
+Terms = dict[str, torch.Tensor]
+
+
+class Objective(Protocol):
+    """The interface that the training loop knows."""
+
+    model: nn.Module
+
+    def to(self, device: torch.device) -> None:
+        """Move what does not learn to the device."""
+
+    def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
+        """The loss to descend, and parts of it to log: scalars, means over the batch."""
+        ...
+
+    def finish(self, batches: Any) -> None:
+        """Measure on the training data what the saved pipeline needs, once the model has its final weights."""
+
+
+class DenoisingObjective:
+    """Squared error of every stage's estimate of the clean image, summed over the stages. Vincent et al. 2008.
+
+    With fresh noise, stage k sees x_k = x_0 + sigma_k epsilon_k; without, only the first has noise to remove, and each
+    other one sees what the stage before it returned.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self.num_stages = model.config.num_stages
+        self.fresh_noise = model.config.fresh_noise
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
+        clean = batch["images"]
+        corrupted, losses = clean, {}
+        for level in range(self.num_stages, 0, -1):
+            if self.fresh_noise or level == self.num_stages:
+                corrupted = self.model.corrupt(clean, noise.normal(*clean.shape[1:]), level)
+            estimate = model(corrupted, level).sample
+            losses[f"stage_{level}"] = F.mse_loss(estimate.float(), clean)
+            corrupted = estimate.detach()
+        return torch.stack(list(losses.values())).sum(), losses
+
+    def finish(self, batches: Any) -> None:
+        pass
+
+
+class VariationalObjective:
+    """The negative evidence lower bound, in nats per dimension of the image. Kingma and Welling 2014, eq. (3):
+
+        -ELBO = E_q[-log N(x; decode(z), sigma_x^2 I)] + kl_weight KL(q(z | x) || N(0, I))
+
+    sigma_x is learned with the rest, which sets the balance of the two terms (Rybkin et al. 2021,
+    https://arxiv.org/abs/2006.13202).
+
+    Args:
+        model: a `VariationalAutoencoder`.
+        kl_weight: 1 for the bound; another weight is a beta-VAE (Higgins et al. 2017).
+    """
+
+    def __init__(self, model: nn.Module, kl_weight: float = 1.0):
+        self.model = model
+        self.kl_weight = kl_weight
+
+    def to(self, device: torch.device) -> None:
+        pass
+
+    def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
+        x = batch["images"]
+        output = model(x, noise=noise.normal(*self.model.latent_shape))
+        log_sigma_x = self.model.log_sigma_x.float()
+        reconstruction = F.gaussian_nll_loss(
+            output.sample.float(), x, (2 * log_sigma_x).exp().expand_as(x), full=True, reduction="mean"
+        )
+        kl = output.latent_dist.kl().mean() / x[0].numel()
+        terms = {"reconstruction": reconstruction, "kl": kl, "sigma_x": log_sigma_x.exp().squeeze()}
+        return reconstruction + self.kl_weight * kl, terms
+
+    @torch.no_grad()
+    def finish(self, batches: Any) -> None:
+        """Write scaling_factor = 1 / std of z ~ q(z | x) over the training data; Rombach et al. 2022, appendix G."""
+        count, total, square = 0, 0.0, 0.0
+        for batch in batches:
+            posterior = self.model.encode(batch["images"]).latent_dist
+            mean, var = posterior.mean.double(), posterior.var.double()
+            count += mean.numel()
+            total += mean.sum().item()
+            square += (mean.square() + var).sum().item()
+        std = (square / count - (total / count) ** 2) ** 0.5
+        self.model.register_to_config(scaling_factor=1 / std)
+
+
+class DiffusionObjective:
+    """The simplified bound: squared error of the prediction at a random timestep. Ho et al. 2020, eq. (14).
+
+    The target is the scheduler's `prediction_type`. With a `vae`, x_0 is a draw of its latents, scaled to unit variance
+    (Rombach et al. 2022). With class labels, some are replaced by the class that stands for none, so that one network learns the
+    conditional and the unconditional model (Ho and Salimans 2022).
+
+    Args:
+        model: a `UNet2DModel`.
+        scheduler: with `add_noise`, `get_velocity` and `config.prediction_type`.
+        vae: a frozen autoencoder, or None for pixels.
+        label_dropout: the share of labels replaced, in [0, 1].
+    """
+
+    def __init__(self, model: nn.Module, scheduler: Any, vae: nn.Module | None = None, label_dropout: float = 0.1):
+        self.model = model
+        self.scheduler = scheduler
+        self.vae = None if vae is None else vae.requires_grad_(False).eval()
+        self.label_dropout = label_dropout
+
+    def to(self, device: torch.device) -> None:
+        if self.vae is not None:
+            self.vae.to(device)
+
+    def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
+        x_0 = self.encode(batch["images"], noise)
+        epsilon = noise.normal(*x_0.shape[1:])
+        t = (noise.stratified_uniform() * len(self.scheduler)).long()
+        x_t = self.scheduler.add_noise(x_0, epsilon, t)
+        prediction = model(x_t, t, class_labels=self.labels(batch, noise)).sample
+        return F.mse_loss(prediction.float(), self.target(x_0, epsilon, t)), {}
+
+    def target(self, x_0: torch.Tensor, epsilon: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            return self.scheduler.get_velocity(x_0, epsilon, t)
+        return {"epsilon": epsilon, "sample": x_0}[kind]
+
+    @torch.no_grad()
+    def encode(self, images: torch.Tensor, noise: StepNoise) -> torch.Tensor:
+        """x_0: the images, or their latents z ~ q(z | x), shifted and scaled as the vae's configuration says."""
+        if self.vae is None:
+            return images
+        posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
+        epsilon = noise.normal(*posterior.mean.shape[1:])
+        # AutoencoderKL's posterior draws its own noise; given the mean and the std, so do we, with an address.
+        z = posterior.reparameterise(epsilon) if hasattr(posterior, "reparameterise") else posterior.mean + posterior.std * epsilon
+        return (z.float() - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
+
+    def labels(self, batch: Batch, noise: StepNoise) -> torch.Tensor | None:
+        """Class labels with some dropped, int64 (B,); None where the model takes none."""
+        num_classes = self.model.config.num_class_embeds
+        if num_classes is None:
+            return None
+        drop = noise.uniform() < self.label_dropout
+        return torch.where(drop, num_classes - 1, batch["labels"])
+
+    def finish(self, batches: Any) -> None:
+        pass
