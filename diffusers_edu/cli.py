@@ -28,8 +28,8 @@ def train(arguments: list[str]) -> None:
     from .rungs import RUNGS, configuration, train_rung
     from .training.configuration import TrainingConfig, UsageError
 
-    class ConfigParser(Parser, HfArgumentParser):
-        pass
+    class ConfigParser(HfArgumentParser):
+        error = Parser.error
 
     parser = ConfigParser(TrainingConfig, prog="diffusers-edu train", allow_abbrev=False)
     rung = option(arguments, "--rung")

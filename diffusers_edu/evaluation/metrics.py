@@ -75,7 +75,9 @@ def frechet_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int =
         return metric.compute().item()
 
     value = distance(samples)
-    return Estimate(value, normal_interval(value, [distance(draw) for draw in bootstrap(samples, seed, resamples)]), len(samples))
+    return Estimate(
+        value, normal_interval(value, [distance(draw) for draw in bootstrap(samples, seed, resamples)]), len(samples)
+    )
 
 
 def kernel_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, subsets: int = 100) -> Estimate:

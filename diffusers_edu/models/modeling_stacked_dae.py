@@ -53,12 +53,12 @@ class StackedDenoisingAutoencoder(ModelMixin, ConfigMixin):
         in_channels (`int`, defaults to 1): of the image, 1 grey or 3 RGB.
         sample_size (`int`, defaults to 8): height and width, a multiple of 2^len(block_out_channels).
         num_stages (`int`, defaults to 10): K; 1 is the one-shot denoising autoencoder.
-        sigma_min, sigma_max (`float`, default to 0.1 and 10.0): sigma_1 and sigma_K, for images in [-1, 1]; the levels between
+        sigma_min, sigma_max (`float`, default to 0.2 and 10.0): sigma_1 and sigma_K, for images in [-1, 1]; the levels between
             them are spaced evenly in log sigma. One stage works at sigma_max.
         fresh_noise (`bool`, defaults to `True`): whether new noise enters before every stage, in training and in
             sampling. Without it a stage is fed what the stage before it returned.
         block_out_channels (`tuple[int, ...]`, defaults to (32, 64)): widths of a stage's convolutions, each of stride 2.
-        latent_dim (`int`, defaults to 64): the size of a stage's code.
+        latent_dim (`int`, defaults to 128): the size of a stage's code.
 
     Raises:
         ValueError: a size that cannot be halved so often (the message says which can), or levels that do not increase.
@@ -70,11 +70,11 @@ class StackedDenoisingAutoencoder(ModelMixin, ConfigMixin):
         in_channels: int = 1,
         sample_size: int = 8,
         num_stages: int = 10,
-        sigma_min: float = 0.1,
+        sigma_min: float = 0.2,
         sigma_max: float = 10.0,
         fresh_noise: bool = True,
         block_out_channels: tuple[int, ...] = (32, 64),
-        latent_dim: int = 64,
+        latent_dim: int = 128,
     ):
         super().__init__()
         divisor = 2 ** len(block_out_channels)

@@ -231,10 +231,10 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
             generator: the source of the draw.
             noise: the epsilon of the draw itself, the shape of z, in place of a generator.
         """
-        posterior = self.encode(sample).latent_dist
+        (posterior,) = self.encode(sample, return_dict=False)
         if noise is not None:
             z = posterior.reparameterise(noise)
         else:
             z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        image = self.decode(z).sample
+        (image,) = self.decode(z, return_dict=False)
         return VariationalAutoencoderOutput(image, posterior) if return_dict else (image, posterior)

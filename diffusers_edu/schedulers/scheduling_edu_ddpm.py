@@ -232,14 +232,14 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             if grid[0] >= T or grid[-1] < 0:
                 raise ValueError(f"custom timesteps must start before num_train_timesteps ({T}) and end at 0 or later")
         else:
-            if not 1 <= num_inference_steps <= T:
-                raise ValueError(f"num_inference_steps is {num_inference_steps}; this scheduler takes 1 to {T}")
             grid = torch.from_numpy(self._spaced_grid(num_inference_steps))
         self.num_inference_steps = len(grid)
         self._set_grid(grid, device)
 
-    def _spaced_grid(self, count: int) -> np.ndarray:
+    def _spaced_grid(self, count: int | None) -> np.ndarray:
         T = len(self.betas)
+        if count is None or not 1 <= count <= T:
+            raise ValueError(f"num_inference_steps is {count}; this scheduler takes 1 to {T}")
         if self.config.timestep_spacing == "linspace":
             return np.linspace(0, T - 1, count).round()[::-1].astype(np.int64)
         if self.config.timestep_spacing == "leading":
@@ -376,7 +376,7 @@ def _is_host_scalar(timestep: int | torch.Tensor) -> bool:
 
 def _look_up(table: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor) -> list:
     """The column of a (rows, T) table at t: floats for one t on the host, else tensors that broadcast over the sample."""
-    if _is_host_scalar(timestep):
+    if not isinstance(timestep, torch.Tensor) or _is_host_scalar(timestep):
         return table[:, int(timestep)].tolist()
     dtype = torch.promote_types(sample.dtype, torch.float32)
     columns = table.to(sample.device, dtype)[:, timestep.to(sample.device)]

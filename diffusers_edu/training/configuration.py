@@ -44,11 +44,15 @@ class TrainingConfig:
     image_column: str | None = flag(None, "The column of the images; by default the first one that holds images.")
     resolution: int | None = flag(None, "Height and width; by default the images' own where all share one, else 64.")
 
-    vae_path: str | None = flag(None, "latent_diffusion: a saved vae run, or any diffusers VAE; by default one is trained first.")
+    vae_path: str | None = flag(
+        None, "latent_diffusion: a saved vae run, or any diffusers VAE; by default one is trained first."
+    )
     posterior: Literal["diagonal", "full"] = flag("diagonal", "vae: the covariance of q(z | x).")
     kl_weight: float = flag(1.0, "vae: the weight of the KL term; 1 is the evidence lower bound.")
     num_stages: int = flag(10, "stacked rungs: the number of denoising autoencoders.")
-    prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag("v_prediction", "diffusion: what the network predicts.")
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = flag(
+        "v_prediction", "diffusion: what the network predicts."
+    )
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"] = flag(
         "squaredcos_cap_v2", "diffusion: the noise schedule."
     )
@@ -114,16 +118,19 @@ class TrainingConfig:
         Raises:
             UsageError: the folder holds the configuration of another run. Nothing is changed then.
         """
+        self.check_folder()
         path = Path(self.output_dir) / CONFIG_NAME
-        if path.exists():
-            self.refuse_another(path)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         except OSError as error:
             raise UsageError(f"--output_dir {self.output_dir}: cannot be written ({error.strerror})") from error
 
-    def refuse_another(self, path: Path) -> None:
+    def check_folder(self) -> None:
+        """Raise a `UsageError` where the output folder holds the configuration of another run."""
+        path = Path(self.output_dir) / CONFIG_NAME
+        if not path.exists():
+            return
         try:
             saved = json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
@@ -132,4 +139,6 @@ class TrainingConfig:
         changed = [name for name in mine if name not in OPERATIONAL and saved.get(name) != mine[name]]
         if changed:
             differences = ", ".join(f"{name} {saved.get(name)} -> {mine[name]}" for name in changed)
-            raise UsageError(f"{self.output_dir} holds another run ({differences}); choose another --output_dir or move it away")
+            raise UsageError(
+                f"{self.output_dir} holds another run ({differences}); choose another --output_dir or move it away"
+            )

@@ -170,7 +170,9 @@ def image_column(split: Any, config: TrainingConfig) -> str:
     for name, feature in features.items():
         if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
             return name
-    raise UsageError(f"{name_of(config)} has no column of images (columns: {', '.join(features)}); name one with --image_column")
+    raise UsageError(
+        f"{name_of(config)} has no column of images (columns: {', '.join(features)}); name one with --image_column"
+    )
 
 
 def open_image(row: dict[str, Any], index: int) -> Image.Image:
@@ -180,8 +182,8 @@ def open_image(row: dict[str, Any], index: int) -> Image.Image:
         UsageError: it cannot be read; the message names the file, or the row where there is none.
     """
     try:
-        image = Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"])
-        image = ImageOps.exif_transpose(image)
+        opened = Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"])
+        image: Image.Image = ImageOps.exif_transpose(opened)
         mode = image.mode
         if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")

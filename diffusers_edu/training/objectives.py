@@ -40,7 +40,7 @@ class DenoisingObjective:
     other one sees what the stage before it returned.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: Any):
         self.model = model
         self.num_stages = model.config.num_stages
         self.fresh_noise = model.config.fresh_noise
@@ -76,7 +76,7 @@ class VariationalObjective:
         kl_weight: 1 for the bound; another weight is a beta-VAE (Higgins et al. 2017).
     """
 
-    def __init__(self, model: nn.Module, kl_weight: float = 1.0):
+    def __init__(self, model: Any, kl_weight: float = 1.0):
         self.model = model
         self.kl_weight = kl_weight
 
@@ -122,7 +122,7 @@ class DiffusionObjective:
         label_dropout: the share of labels replaced, in [0, 1].
     """
 
-    def __init__(self, model: nn.Module, scheduler: Any, vae: nn.Module | None = None, label_dropout: float = 0.1):
+    def __init__(self, model: Any, scheduler: Any, vae: Any = None, label_dropout: float = 0.1):
         self.model = model
         self.scheduler = scheduler
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
@@ -154,7 +154,11 @@ class DiffusionObjective:
         posterior = self.vae.encode(images.to(self.vae.dtype)).latent_dist
         epsilon = noise.normal(*posterior.mean.shape[1:])
         # AutoencoderKL's posterior draws its own noise; given the mean and the std, so do we, with an address.
-        z = posterior.reparameterise(epsilon) if hasattr(posterior, "reparameterise") else posterior.mean + posterior.std * epsilon
+        z = (
+            posterior.reparameterise(epsilon)
+            if hasattr(posterior, "reparameterise")
+            else posterior.mean + posterior.std * epsilon
+        )
         return (z.float() - (getattr(self.vae.config, "shift_factor", None) or 0.0)) * self.vae.config.scaling_factor
 
     def labels(self, batch: Batch, noise: StepNoise) -> torch.Tensor | None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration, set_seed
+from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
@@ -23,31 +22,6 @@ from .objectives import Objective
 from .randomness import StepNoise, StepSampler
 
 LOG_NAME = "log.jsonl"
-
-
-def make_accelerator(config: TrainingConfig) -> Accelerator:
-    """The accelerator of a run, with as many processes as the launch asked for.
-
-    Raises:
-        UsageError: it has another number, or the machine cannot do the mixed precision asked for.
-    """
-    on_cpu = not torch.accelerator.is_available()
-    tracker = [config.report_to] if config.report_to and config.report_to != "none" else None
-    try:
-        accelerator = Accelerator(
-            # Without this, processes on a machine that has no accelerator would each believe to be alone.
-            cpu=on_cpu,
-            mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
-            log_with=tracker,
-            project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
-        )
-    except (ValueError, ImportError) as error:
-        raise UsageError(str(error).splitlines()[0]) from error
-    asked_for = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != asked_for:
-        raise UsageError(f"the launch asked for {asked_for} processes, and {accelerator.num_processes} run; see README, Training")
-    return accelerator
 
 
 class TrainingLog:
@@ -93,7 +67,7 @@ class TrainingLog:
             return
         stacked = torch.stack([torch.stack([v.detach().float() for v in values.values()]) for _, values in self.pending])
         averaged = self.accelerator.reduce(stacked, reduction="mean").tolist()
-        lines = []
+        lines: list[dict[str, float]] = []
         for (facts, values), row in zip(self.pending, averaged, strict=True):
             named = dict(zip(values, row, strict=True))
             if not math.isfinite(named["loss"]):
@@ -116,7 +90,7 @@ class TrainingLog:
 
 def read_log(path: Path) -> list[dict[str, float]]:
     """The lines of a log, without a last one that was cut off in writing."""
-    lines = []
+    lines: list[dict[str, float]] = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
             lines.append(json.loads(text))
@@ -136,7 +110,7 @@ def train(pipeline: Any, objective: Objective, data: ImageData, config: Training
         objective: what to descend.
         data: the images to train on.
         config: the run; validated.
-        accelerator: see [`make_accelerator`].
+        accelerator: see [`launch.make_accelerator`].
 
     Raises:
         UsageError: the folder holds another run, or there is no checkpoint to resume from.
@@ -157,6 +131,7 @@ def train(pipeline: Any, objective: Objective, data: ImageData, config: Training
         betas=(config.adam_beta1, config.adam_beta2),
         weight_decay=config.adam_weight_decay,
         eps=config.adam_epsilon,
+        fused=True,  # one kernel for all parameters: a step of a small network is mostly overhead
     )
     lr_scheduler = get_scheduler(
         config.lr_scheduler,
@@ -223,7 +198,11 @@ def optimiser_steps(
     sampler = StepSampler(len(data), config.seed, rows, total, start_step, config.max_train_steps)
     workers = config.dataloader_num_workers
     loader = DataLoader(
-        data, batch_sampler=sampler, collate_fn=lambda batch: batch, num_workers=workers, pin_memory=accelerator.device.type == "cuda"
+        data,
+        batch_sampler=sampler,
+        collate_fn=lambda batch: batch,
+        num_workers=workers,
+        pin_memory=accelerator.device.type == "cuda",
     )
     batches = iter(loader)
     for step in range(start_step, config.max_train_steps):
@@ -288,7 +267,9 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
     path = Path(wanted) if Path(wanted).is_dir() else Path(config.output_dir) / wanted
     if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
         return path
-    raise UsageError(f"--resume_from_checkpoint {wanted}: there is no such checkpoint; give 'latest' or a checkpoint-<step> folder")
+    raise UsageError(
+        f"--resume_from_checkpoint {wanted}: there is no such checkpoint; give 'latest' or a checkpoint-<step> folder"
+    )
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: int | None) -> None:

@@ -1,0 +1,163 @@
+"""What the page shows of each kind of pipeline, measured and drawn."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from markupsafe import Markup
+
+from . import figures
+from .sampling import Step, decode, to_unit
+
+COLUMNS = 11  # of a strip
+
+
+@dataclass
+class Picture:
+    """A picture and what to see in it."""
+
+    caption: str
+    html: Markup
+    wide: bool = False
+
+
+@dataclass
+class StageShares:
+    """What each stage of a stack did to one batch.
+
+    Args:
+        levels: the stages, in the order of sampling.
+        change: the share of stage i in the sum of all root-mean-square changes of the image; they add up to 1.
+        diversity: the mean pixel standard deviation over the batch after stage i, over that of the data.
+    """
+
+    levels: list[int]
+    change: list[float]
+    diversity: list[float]
+
+
+def visible(x: torch.Tensor) -> torch.Tensor:
+    """Any (B, C, H, W) as images in [0, 1]: of what leaves [-1, 1], the bulk is scaled into it."""
+    return to_unit(x / max(1.0, torch.quantile(x.abs(), 0.98).item()))
+
+
+def spread(count: int, columns: int = COLUMNS) -> list[int]:
+    """Indices spread evenly over 0 .. count - 1, both ends among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(columns, count))})
+
+
+def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list[Picture]:
+    """The forward process of a diffusion as a strip and a chart. `images`: (B, C, H, W) in [-1, 1]."""
+    noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+    alpha_bar = scheduler.alphas_cumprod.double()
+    snr = alpha_bar / (1 - alpha_bar)
+    columns = [("x<sub>0</sub>", to_unit(images))]
+    for t in spread(len(alpha_bar), COLUMNS):
+        x_t = scheduler.add_noise(images, noise, torch.full((len(images),), t))
+        label = f"t = {t}<br>&#x1D6FC;&#x0305; {alpha_bar[t]:.2g}<br>SNR {snr[t]:.2g}"
+        columns.append((label, visible(x_t)))
+    figure, axes = figures.chart("alpha bar and signal-to-noise ratio over the timesteps")
+    axes.plot(alpha_bar, color=figures.ACCENT, label=r"$\bar\alpha_t$: share of the image in the variance")
+    axes.plot(1 - alpha_bar, color=figures.QUIET, label=r"$1-\bar\alpha_t$: share of the noise")
+    axes.set(xlabel="timestep t", ylim=(0, 1.02))
+    axes.legend(fontsize=8, loc="center right")
+    figure_snr, axes = figures.chart("signal-to-noise ratio over the timesteps")
+    axes.semilogy(snr.clamp(min=1e-12), color=figures.ACCENT)
+    axes.axhline(1, color=figures.QUIET, linestyle="--", linewidth=1)
+    axes.set(xlabel="timestep t", ylabel=r"SNR = $\bar\alpha_t / (1-\bar\alpha_t)$")
+    return [
+        Picture("x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε. The image fades while the noise comes up; the sum keeps its variance.",
+                figures.strip(columns, "forward process"), wide=True),
+        Picture("How much of the variance is image, and how much is noise.", figures.svg(figure)),
+        Picture("Signal against noise: the task of the network runs from trivial to impossible.", figures.svg(figure_snr)),
+    ]  # fmt: skip
+
+
+def reverse_process(steps: list[Step], start: str, vae: Any = None, rows: int = 4) -> Picture:
+    """What was handed on after each of some steps, ending in samples; latents are shown through the decoder."""
+    columns = []
+    for index in spread(len(steps)):
+        x = steps[index].sample[:rows]
+        last = index == len(steps) - 1
+        images = decode(vae, x / vae.config.scaling_factor) if vae is not None else (to_unit(x) if last else visible(x))
+        columns.append((f"after {start} {steps[index].timestep}" if index == 0 else f"{steps[index].timestep}", images))
+    shown = "decoded" if vae is not None else "as it is handed on"
+    caption = f"From noise to samples, {len(steps)} steps, left to right: the image after the {start} named below it, {shown}."
+    return Picture(caption, figures.strip(columns, "reverse process"), wide=True)
+
+
+def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float) -> StageShares:
+    """Measure what each stage did, from a record of many samples. `data_std`: the data's mean pixel std, images in [-1, 1]."""
+    changes, diversity, before = [], [], start
+    for step in steps:
+        changes.append((step.sample - before).square().mean().sqrt().item())
+        diversity.append(step.sample.std(0).mean().item() / data_std)
+        before = step.sample
+    return StageShares([step.timestep for step in steps], [c / sum(changes) for c in changes], diversity)
+
+
+def stage_chart(shares: StageShares, fresh_noise: bool) -> Picture:
+    figure, axes = figures.chart("share of the change and diversity left after each stage", width=5.2, height=2.8)
+    names = [str(level) for level in shares.levels]
+    axes.bar(names, shares.change, color=figures.QUIET, width=0.6, label="share of the change")
+    axes.plot(names, shares.diversity, color=figures.ACCENT, marker="o", markersize=4, label="diversity after it (data = 1)")
+    axes.set_yscale("symlog", linthresh=0.01)
+    ticks = [0, 0.01, 0.1, 1, 10]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.set_ylim(0, max(2.0, 1.5 * max(shares.diversity)))
+    axes.set(xlabel="stage, in the order of sampling (10 is the noisiest)" if len(names) == 10 else "stage")
+    axes.legend(fontsize=8)
+    after = "what is handed on, fresh noise included" if fresh_noise else "what is handed on"
+    first = f"The first stage makes {shares.change[0]:.1%} of all the change"
+    caption = (
+        f"{first}, and leaves a diversity of {shares.diversity[0]:.3g}; the last leaves {shares.diversity[-1]:.3g} ({after})."
+    )
+    return Picture(caption, figures.svg(figure))
+
+
+@torch.no_grad()
+def latent_walk(vae: Any, ends: torch.Tensor, columns: int = COLUMNS) -> Picture:
+    """From one image's code to another's along a great arc, decoded. `ends`: (2 N, C, H, W) in [-1, 1], in pairs."""
+    codes = vae.encode(ends.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()
+    first, last = codes[0::2], codes[1::2]
+    walk = [(f"{share:.0%}", decode(vae, slerp(first, last, share))) for share in np.linspace(0, 1, columns)]
+    caption = (
+        "A walk between two digits in latent space: every point on the way decodes to something like a digit, or shows a hole."
+    )
+    return Picture(
+        caption, figures.strip([("from", to_unit(ends[0::2])), *walk, ("to", to_unit(ends[1::2]))], "walk"), wide=True
+    )
+
+
+def slerp(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
+    """Spherical interpolation, sample by sample: the points between stay where N(0, I) has its mass (Shoemake 1985)."""
+    a, b = first.flatten(1), last.flatten(1)
+    cosine = torch.nn.functional.cosine_similarity(a, b).clamp(-1 + 1e-6, 1 - 1e-6)
+    angle = cosine.arccos()[:, None]
+    mixed = (torch.sin((1 - share) * angle) * a + torch.sin(share * angle) * b) / torch.sin(angle)
+    return mixed.reshape(first.shape)
+
+
+@torch.no_grad()
+def reconstructions(vae: Any, images: torch.Tensor) -> Picture:
+    """Held-out images above what their codes decode to. `images`: (N, C, H, W) in [-1, 1]."""
+    rebuilt = vae(images.to(vae.device, vae.dtype)).sample
+    error = (rebuilt.float().cpu() - images).square().mean().sqrt().item() / 2
+    pairs = torch.cat([to_unit(images), to_unit(rebuilt)])
+    caption = (
+        f"Held-out digits (above) and their reconstructions (below): root-mean-square error {error:.3f} of the grey range."
+    )
+    return Picture(caption, figures.grid(pairs, len(images), "reconstructions"), wide=True)
+
+
+def same_decoder(prior: torch.Tensor, diffused: torch.Tensor) -> list[Picture]:
+    """Samples of the VAE's prior and of the diffusion, both (N, C, H, W) in [0, 1]."""
+    columns = math.isqrt(len(prior) * 2)
+    return [
+        Picture("Codes from N(0, I), decoded: the VAE's own prior.", figures.grid(prior, columns, "decoded prior samples")),
+        Picture(
+            "Codes from the diffusion, through the same decoder.", figures.grid(diffused, columns, "decoded diffusion samples")
+        ),
+    ]

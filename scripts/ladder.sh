@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Train all six rungs on the bundled digits, measure them and write the page:  bash scripts/ladder.sh [OUT]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source scripts/environment.sh
+install_project
+exec diffusers-edu ladder "${@:-runs/ladder}"

@@ -1,0 +1,80 @@
+"""The figures against closed forms and cases whose answer is known."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from diffusers_edu.evaluation.claims import sharpness
+from diffusers_edu.evaluation.metrics import diversity, frechet_distance, kernel_distance, measure, precision_recall
+from diffusers_edu.training.data import load_digits
+
+
+def normal(n: int, d: int = 4, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
+    return scale * torch.randn(n, d, generator=torch.Generator().manual_seed(seed)) + shift
+
+
+def test_frechet_distance_is_its_formula():
+    x, y = normal(400, scale=1.5), normal(300, seed=1, shift=0.3)
+    a, b = np.cov(x.numpy().T), np.cov(y.numpy().T)
+    difference = (x.mean(0) - y.mean(0)).square().sum().item()
+    expected = difference + np.trace(a + b - 2 * sqrtm(a @ b).real)
+    assert frechet_distance(x, y).value == pytest.approx(expected, rel=1e-5)
+
+
+def test_frechet_distance_of_gaussians_is_near_the_closed_form_and_its_interval_is_as_wide_as_its_spread():
+    truth = 4 * (2.0 - 1.0) ** 2 + 4 * 0.5**2  # means differ by 0.5, standard deviations are 2 and 1, in each of 4 dimensions
+    reference = normal(20000, seed=99)
+    estimates = [frechet_distance(normal(1000, seed=s, scale=2.0, shift=0.5), reference) for s in range(12)]
+    values = [e.value for e in estimates]
+    assert np.mean(values) == pytest.approx(truth, rel=0.05)
+    half_width = np.mean([(e.interval[1] - e.interval[0]) / 2 for e in estimates])
+    assert 0.5 < half_width / (1.96 * np.std(values, ddof=1)) < 2
+
+
+def test_the_floor_of_the_digits_is_the_known_one():
+    train, held_out = load_digits()
+    floor = measure(train.images.flatten(1), held_out.images.flatten(1))
+    assert floor["frechet_distance"].value == pytest.approx(0.073, abs=0.001)
+    assert floor["diversity"].value == pytest.approx(1, abs=0.02)
+    low, high = floor["kernel_distance"].interval
+    assert low < 0 < high
+    assert all(estimate.interval[0] <= estimate.value <= estimate.interval[1] for estimate in floor.values())
+
+
+def test_kernel_distance_grows_with_the_distance_and_is_near_0_for_equal_distributions():
+    reference = normal(500, seed=1)
+    values = [kernel_distance(normal(500, shift=shift), reference).value for shift in (0.0, 0.5, 1.0)]
+    assert abs(values[0]) < 0.05 < values[1] < values[2]
+
+
+def test_precision_falls_with_wrong_samples_and_recall_with_missing_modes():
+    reference = torch.cat([normal(200), normal(200, shift=20)])
+    one_mode = normal(200, seed=2)
+    precision, recall = precision_recall(one_mode, reference)
+    assert precision.value > 0.9
+    assert recall.value == pytest.approx(0.5, abs=0.05)
+    precision, recall = precision_recall(normal(200, shift=-20), reference)
+    assert precision.value == recall.value == 0
+    assert precision.interval[0] == pytest.approx(0, abs=1e-9)
+    assert 0 < precision.interval[1] < 0.05
+
+
+def test_diversity_is_the_ratio_of_standard_deviations():
+    reference = normal(1000)
+    assert diversity(reference * 0.25, reference).value == pytest.approx(0.25, rel=1e-5)
+    assert diversity(torch.ones(50, 4), reference).value == 0
+
+
+def test_sharpness_falls_with_blur():
+    x = normal(20, 64).reshape(20, 1, 8, 8)
+    blurred = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
+    assert sharpness(x, x) == 1
+    assert sharpness(blurred, x) < 0.5
+
+
+def test_shapes_that_do_not_fit_and_values_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="shapes"):
+        measure(normal(20, 4), normal(20, 5))
+    with pytest.raises(ValueError, match="not finite"):
+        measure(normal(20) * float("nan"), normal(20))

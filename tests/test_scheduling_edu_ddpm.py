@@ -1,0 +1,317 @@
+"""EduDDPMScheduler against independent truth: the stock class, the formulas in float64, and data whose answer is known."""
+
+import logging
+import warnings
+from itertools import product
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from diffusers_edu import EduDDPMScheduler
+
+PREDICTIONS = ("epsilon", "sample", "v_prediction")
+VARIANCES = ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range")
+SPACINGS = ("leading", "trailing", "linspace")
+BETA_NAMES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid")
+BETAS = [{"beta_schedule": name} for name in BETA_NAMES]
+OTHER_BETAS = [{"trained_betas": np.linspace(1e-3, 0.03, 1000)}, {"rescale_betas_zero_snr": True}]
+BOUNDS = [{"clip_sample_range": 1.2}, {"clip_sample": False}, {"thresholding": True, "sample_max_value": 1.5}]
+GRIDS = [({"timestep_spacing": name}, {"num_inference_steps": 10}) for name in SPACINGS]
+GRIDS += [({}, {"timesteps": [990, 700, 350, 120, 3]})]
+ALPHA_BAR = torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000).double(), dim=0)  # the default schedule, in float64
+by_prediction = pytest.mark.parametrize("prediction", PREDICTIONS)
+by_variance = pytest.mark.parametrize("variance", VARIANCES)
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=seeded(seed))
+
+
+def gap(a, b):
+    """The largest |a - b|, relative to the largest |b|, of the worst row."""
+    return ((a - b).abs().flatten(1).amax(1) / b.abs().flatten(1).amax(1)).max().item()
+
+
+def model(x, t, variance=None):
+    """A deterministic nonlinear function of (x, t), with a second half of channels where the variance is learned."""
+    output = torch.tanh(0.7 * x.flip(-1) + torch.cos(torch.as_tensor(t / 200.0)))
+    second_half = {"learned": 0.1 * torch.sin(x).square(), "learned_range": torch.sin(3 * x)}
+    return torch.cat([output, second_half[variance]], dim=1) if variance in second_half else output
+
+
+def trajectory(scheduler):
+    """The predicted x_0 and the x_s of every step, stacked; the last row is the image."""
+    generator = seeded()
+    x, states = torch.randn((2, 3, 4, 4), generator=generator), []
+    for t in scheduler.timesteps:
+        out = scheduler.step(model(x, t, scheduler.config.variance_type), t, x, generator=generator)
+        x = out.prev_sample
+        states += [out.pred_original_sample, x]
+    return torch.stack(states)
+
+
+@by_prediction
+def test_trajectories_are_those_of_the_stock_class(prediction):
+    for betas, variance, (spacing, grid), bound in product(BETAS + OTHER_BETAS, VARIANCES, GRIDS, BOUNDS):
+        if variance == "fixed_large_log" or (prediction == "epsilon" and "rescale_betas_zero_snr" in betas):
+            continue  # stock gives NaN: it takes the root of a logarithm, or divides by alpha_bar = 0
+        config = {"prediction_type": prediction, "variance_type": variance, **betas, **spacing, **bound}
+        ours, stock = EduDDPMScheduler(**config), DDPMScheduler(**config)
+        for scheduler in (ours, stock):
+            scheduler.set_timesteps(**grid)
+        assert torch.equal(ours.timesteps, stock.timesteps)
+        a, b = trajectory(ours), trajectory(stock)
+        if stock.timesteps[-1] > 0 and variance in ("fixed_large", "learned", "learned_range"):
+            a, b = a[:-1], b[:-1]  # stock leaves noise in the image where the grid ends above 0
+        assert gap(a, b) <= 1e-4, (config, grid)
+
+
+@by_prediction
+def test_a_single_step_is_that_of_the_stock_class(prediction):
+    config = {"prediction_type": prediction, "clip_sample": False}
+    ours, stock = EduDDPMScheduler(**config), DDPMScheduler(**config)
+    # With its float32 table, stock's beta between neighbouring timesteps, a difference from 1, is off by up to 1e-3.
+    stock.alphas_cumprod, stock.one = ALPHA_BAR, stock.one.double()
+    x = randn(2, 3, 4, 4)
+    for t in [0, 1, 2, 3, *range(10, 1000, 90), 999]:
+        steps = [torch.stack(s.step(model(x, t), t, x, generator=seeded(1), return_dict=False)) for s in (ours, stock)]
+        assert gap(*steps) <= 1e-5, t
+
+
+def test_without_set_timesteps_the_grid_is_every_timestep():
+    ours, stock = EduDDPMScheduler(num_train_timesteps=20), DDPMScheduler(num_train_timesteps=20)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    assert gap(trajectory(ours), trajectory(stock)) <= 1e-4
+
+
+def test_ddpm_pipeline_draws_the_same_images_as_with_the_stock_scheduler():
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "block_out_channels": (8, 8)}
+    unet = UNet2DModel(sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, norm_num_groups=4, **blocks).eval()
+    images = []
+    for scheduler in (EduDDPMScheduler(), DDPMScheduler()):
+        pipe = DDPMPipeline(unet, scheduler)
+        pipe.set_progress_bar_config(disable=True)
+        images.append(pipe(batch_size=2, num_inference_steps=10, generator=seeded(), output_type="np").images)
+    assert abs(images[0] - images[1]).max() <= 1e-4
+    assert images[1].std() > 0.1  # or the comparison says nothing
+
+
+def test_add_noise_and_get_velocity_are_the_stock_ones_and_the_float64_formulas():
+    ours, stock, t = EduDDPMScheduler(), DDPMScheduler(), torch.arange(1000)
+    x_0, epsilon = randn(1000, 3), randn(1000, 3, seed=1)
+    signal, sigma = ALPHA_BAR.sqrt()[:, None], (1 - ALPHA_BAR).sqrt()[:, None]
+    expected = {"add_noise": signal * x_0 + sigma * epsilon, "get_velocity": signal * epsilon - sigma * x_0}
+    for name in expected:
+        result = getattr(ours, name)(x_0, epsilon, t)
+        assert gap(result, getattr(stock, name)(x_0, epsilon, t)) <= 1e-3  # 1 - alpha_bar cancels in stock's float32
+        assert gap(result[100:], getattr(stock, name)(x_0, epsilon, t)[100:]) <= 1e-5
+        assert gap(result.double(), expected[name]) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_half_precision_only_the_result_is_rounded(dtype):
+    scheduler, t = EduDDPMScheduler(), torch.arange(1000)
+    x_0, epsilon = randn(1000, 3).to(dtype), randn(1000, 3, seed=1).to(dtype)
+    for method in (scheduler.add_noise, scheduler.get_velocity):
+        assert torch.equal(method(x_0, epsilon, t), method(x_0.float(), epsilon.float(), t).to(dtype))
+    # The level of the noise itself, at the least t above all, is right to half a unit in the last place.
+    noise = scheduler.add_noise(torch.zeros_like(x_0), torch.ones_like(x_0), t)[:, :1]
+    assert gap(noise.double(), (1 - ALPHA_BAR).sqrt()[:, None]) <= torch.finfo(dtype).eps / 2 * 1.001
+
+
+@by_prediction
+def test_ancestral_sampling_with_the_ideal_denoiser_returns_gaussian_data(prediction):
+    """E[x_0 | x_t] of x_0 ~ N(m, C) is linear in x_t; T steps of it from N(0, I) must end in N(m, C)."""
+    n, d = 40_000, 3
+    m = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+    C = torch.tensor([[1.0, 0.6, -0.2], [0.6, 0.8, 0.1], [-0.2, 0.1, 0.3]], dtype=torch.float64)
+    # fixed_small is right for data at one point: in theory it loses 1 % of the variance here, and fixed_large 0.1 %.
+    scheduler = EduDDPMScheduler(prediction_type=prediction, variance_type="fixed_large", clip_sample=False)
+    generator = seeded()
+    x = torch.randn((n, d, 1, 1), generator=generator)
+    for t in range(999, -1, -1):
+        a = ALPHA_BAR[t]
+        gain = a.sqrt() * C @ torch.linalg.inv(a * C + (1 - a) * torch.eye(d))
+        x_t = x[..., 0, 0]
+        x_0 = m + (x_t - a.sqrt() * m) @ gain.T
+        epsilon = (x_t - a.sqrt() * x_0) / (1 - a).sqrt()
+        output = {"sample": x_0, "epsilon": epsilon, "v_prediction": a.sqrt() * epsilon - (1 - a).sqrt() * x_0}[prediction]
+        x = scheduler.step(output[..., None, None].float(), t, x, generator=generator).prev_sample
+    x, variances = x[..., 0, 0].double(), C.diagonal()
+    # In standard errors of estimates from n draws.
+    assert ((x.mean(0) - m).abs() / (variances / n).sqrt()).max() <= 4.5
+    assert ((x.T.cov() - C).abs() / ((variances[:, None] * variances + C.square()) / n).sqrt()).max() <= 4.5
+
+
+@by_variance
+def test_one_timestep_for_each_sample_equals_one_call_for_each(variance):
+    for prediction, bound in product(PREDICTIONS, BOUNDS):
+        scheduler = EduDDPMScheduler(prediction_type=prediction, variance_type=variance, **bound)
+        scheduler.set_timesteps(10)
+        x, t = randn(4, 3, 4, 4), torch.tensor([900, 300, 100, 0])
+        output = model(x, t.reshape(-1, 1, 1, 1), variance)
+        together = scheduler.step(output, t, x, generator=[seeded(i) for i in range(4)])
+        alone = [scheduler.step(output[i : i + 1], int(t[i]), x[i : i + 1], generator=seeded(i)) for i in range(4)]
+        for key in ("prev_sample", "pred_original_sample"):
+            assert gap(together[key], torch.cat([one[key] for one in alone])) <= 1e-5
+
+
+def test_int_and_tensor_timesteps_agree():
+    scheduler, x, output = EduDDPMScheduler(), randn(2, 3, 4, 4), randn(2, 3, 4, 4, seed=1)
+    scheduler.set_timesteps(10)
+    for t, s in ((900, 800), (100, 0), (0, -1)):
+        a, b, c = (scheduler.step(output, kind(t), x, generator=seeded()).prev_sample for kind in (int, torch.tensor, np.int64))
+        assert gap(a, b) == gap(a, c) == 0
+        assert scheduler.previous_timestep(t) == scheduler.previous_timestep(torch.tensor(t)).item() == s
+    assert scheduler.previous_timestep(torch.tensor([900, 0])).tolist() == [800, -1]
+
+
+@by_variance
+def test_the_finished_image_carries_no_noise(variance):
+    one_step = ({"timestep_spacing": "trailing"}, {"num_inference_steps": 1})
+    for spacing, grid in [*GRIDS, one_step, ({"steps_offset": 1}, {"num_inference_steps": 10})]:
+        scheduler, x = EduDDPMScheduler(variance_type=variance, **spacing), randn(2, 3, 4, 4)
+        scheduler.set_timesteps(**grid)
+        last = scheduler.timesteps[-1]
+        for t in (last, last.expand(2)):
+            a, b = (scheduler.step(model(x, last, variance), t, x, generator=seeded(i)) for i in range(2))
+            assert gap(a.prev_sample, b.prev_sample) == 0, (spacing, grid)
+            assert gap(a.prev_sample, a.pred_original_sample) <= 1e-6
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_fixed_large_log_is_fixed_large(spacing):
+    schedulers = [EduDDPMScheduler(variance_type=name, timestep_spacing=spacing) for name in ("fixed_large_log", "fixed_large")]
+    for scheduler in schedulers:
+        scheduler.set_timesteps(10)
+    assert gap(*map(trajectory, schedulers)) == 0
+
+
+def test_every_evenly_spaced_grid_decreases_within_the_training_timesteps_and_has_the_steps_asked_for():
+    wrong = []
+    for spacing, (T, counts) in product(SPACINGS, {50: range(1, 51), 128: range(1, 129), 1000: (1, 61, 999, 1000)}.items()):
+        scheduler = EduDDPMScheduler(num_train_timesteps=T, timestep_spacing=spacing)
+        for count in counts:
+            scheduler.set_timesteps(count)
+            grid = scheduler.timesteps
+            if len(grid) != count or grid[0] >= T or grid[-1] < 0 or not (grid[1:] < grid[:-1]).all():
+                wrong.append((spacing, T, count, grid[-1].item()))
+    assert not wrong
+
+
+def test_an_offset_that_leads_out_of_the_training_timesteps_is_refused():
+    with pytest.raises(ValueError, match="steps_offset"):
+        EduDDPMScheduler(steps_offset=1).set_timesteps(1000)
+
+
+@pytest.mark.parametrize("betas", BETAS, ids=BETA_NAMES)
+def test_rescaled_betas_end_in_pure_noise_and_sampling_from_it_works(betas):
+    zero_snr = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler, epsilon = EduDDPMScheduler(prediction_type="v_prediction", **zero_snr, **betas), randn(2, 3, 4, 4)
+    assert scheduler.alphas_cumprod[-1] == 0
+    assert gap(scheduler.add_noise(torch.ones_like(epsilon), epsilon, torch.tensor([999])), epsilon) == 0
+    scheduler.set_timesteps(5)
+    assert trajectory(scheduler).isfinite().all()
+
+
+@pytest.mark.parametrize("t", [999, torch.tensor(999), torch.tensor([5, 999])], ids=str)
+def test_epsilon_at_zero_terminal_snr_is_refused(t):
+    scheduler, x = EduDDPMScheduler(rescale_betas_zero_snr=True), randn(2, 3, 4, 4)
+    assert scheduler.step(x, 998, x).prev_sample.isfinite().all()
+    with pytest.raises(ValueError, match="v_prediction"):
+        scheduler.step(x, t, x)
+
+
+@pytest.fixture
+def warned(caplog):
+    """What diffusers has warned of so far; Python's own warnings are errors."""
+    logger = logging.getLogger("diffusers")
+    logger.addHandler(caplog.handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield lambda: [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    logger.removeHandler(caplog.handler)
+
+
+def test_an_unknown_key_is_warned_of(warned):
+    EduDDPMScheduler.from_config({"no_such_key": 1})
+    assert "no_such_key" in warned()[0]
+
+
+def test_save_and_load_keeps_the_configuration(tmp_path, warned):
+    betas = np.linspace(0.01, 0.5, 7)
+    scheduler = EduDDPMScheduler(7, trained_betas=betas, variance_type="learned_range", timestep_spacing="trailing")
+    scheduler.save_pretrained(tmp_path)
+    loaded = EduDDPMScheduler.from_pretrained(tmp_path)
+    assert torch.equal(loaded.alphas_cumprod, scheduler.alphas_cumprod)
+    for key in loaded.config.keys() - {"trained_betas"}:
+        assert loaded.config[key] == scheduler.config[key]
+    assert not warned()
+
+
+@pytest.mark.parametrize("saved", [False, True], ids=["in_memory", "saved"])
+@pytest.mark.parametrize("stock", ["DDPMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
+def test_configurations_go_to_and_from_stock_schedulers_in_silence(stock, saved, tmp_path, warned):
+    def handed_on(scheduler):
+        if saved:  # a loaded configuration also holds the keys that were left at their defaults
+            scheduler.save_pretrained(tmp_path)
+            scheduler = type(scheduler).from_pretrained(tmp_path)
+        return scheduler.config
+
+    for config in ({}, {"beta_schedule": "scaled_linear", "beta_end": 0.012, "prediction_type": "v_prediction"}):
+        theirs = getattr(diffusers, stock)(**config)
+        ours = EduDDPMScheduler.from_config(handed_on(theirs))
+        back = type(theirs).from_config(handed_on(ours))
+        for other in (ours, back):
+            assert other.config.prediction_type == theirs.config.prediction_type
+            assert (other.alphas_cumprod - theirs.alphas_cumprod).abs().max() <= 1e-7
+    assert not warned()
+
+
+@pytest.mark.parametrize("distilled", ["LCMScheduler", "TCDScheduler"])
+def test_configurations_that_come_from_distilled_samplers_are_saved_and_loaded_in_silence(distilled, tmp_path, warned):
+    theirs = getattr(diffusers, distilled)
+    theirs(prediction_type="v_prediction").save_pretrained(tmp_path)
+    EduDDPMScheduler.from_config(theirs.load_config(tmp_path)).save_pretrained(tmp_path)
+    assert EduDDPMScheduler.from_pretrained(tmp_path).config.prediction_type == "v_prediction"
+    assert not warned()
+
+
+@pytest.mark.parametrize("key, allowed", [
+    ("beta_schedule", BETA_NAMES), ("prediction_type", PREDICTIONS), ("variance_type", VARIANCES), ("timestep_spacing", SPACINGS),
+])  # fmt: skip
+def test_an_unknown_name_is_refused_with_the_list_of_known_ones(key, allowed):
+    with pytest.raises(ValueError) as error:
+        EduDDPMScheduler(**{key: "cubist"})
+    assert all(name in str(error.value) for name in (key, "cubist", *allowed))
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ({}, "either"), ({"num_inference_steps": 5, "timesteps": [3]}, "either"),
+    ({"num_inference_steps": 0}, "1 to 1000"), ({"num_inference_steps": 1001}, "1 to 1000"),
+    ({"timesteps": []}, "at least one"), ({"timesteps": [3, 3]}, "strictly decreasing"),
+    ({"timesteps": [1000, 3]}, "1000"), ({"timesteps": [3, -1]}, "0 or later"),
+])  # fmt: skip
+def test_set_timesteps_refuses_what_is_no_grid_and_keeps_the_one_it_has(arguments, message):
+    scheduler = EduDDPMScheduler()
+    scheduler.set_timesteps(4)
+    with pytest.raises(ValueError, match=message):
+        scheduler.set_timesteps(**arguments)
+    assert scheduler.timesteps.tolist() == [750, 500, 250, 0]
+
+
+@pytest.mark.parametrize("config, channels, message", [
+    ({"num_train_timesteps": 0}, 3, "at least 1"), ({}, 1, r"\(2, 1, 4, 4\).*\(2, 3, 4, 4\)"),
+    ({"variance_type": "learned"}, 3, "second half"), ({"variance_type": "learned_range"}, 3, "second half"),
+])  # fmt: skip
+def test_no_timesteps_and_outputs_of_the_wrong_shape_are_refused(config, channels, message):
+    with pytest.raises(ValueError, match=message):
+        EduDDPMScheduler(**config).step(randn(2, channels, 4, 4), 5, randn(2, 3, 4, 4))

@@ -1,0 +1,222 @@
+"""The training loop: what it writes, that a run goes on where it stopped, and that it is the same however it is split."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_edu.rungs import RUNGS, configuration, train_rung
+from diffusers_edu.training import objectives
+from diffusers_edu.training.configuration import UsageError
+
+ROOT = Path(__file__).parents[1]
+TINY = {"dataset_name": "digits", "train_batch_size": 8, "max_train_steps": 6, "lr_warmup_steps": 2, "checkpointing_steps": 100}
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator():
+    """A process has one precision for good, as Accelerate sees it; here each test is a run of its own."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def run(output: Path, rung: str = "vae", **changes) -> Path:
+    train_rung(configuration(rung, output_dir=str(output), **{**TINY, **changes}))
+    return output
+
+
+def log(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "log.jsonl").read_text().splitlines()]
+
+
+def losses(output: Path) -> torch.Tensor:
+    return torch.tensor([line["loss"] for line in log(output)])
+
+
+def weights(output: Path, part: str = "vae") -> dict[str, torch.Tensor]:
+    return load_file(next((output / part).glob("*.safetensors")))
+
+
+def test_a_run_writes_its_configuration_a_line_for_each_step_and_a_pipeline(tmp_path):
+    run(tmp_path)
+    assert json.loads((tmp_path / "training_config.json").read_text())["rung"] == "vae"
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "seconds", "kl", "reconstruction"} <= line.keys() for line in log(tmp_path))
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert pipeline.vae.config.scaling_factor != 1.0
+
+
+def test_the_loss_falls(tmp_path):
+    run(tmp_path, max_train_steps=60, train_batch_size=32)
+    assert losses(tmp_path)[-10:].mean() < 0.8 * losses(tmp_path)[:10].mean()
+
+
+def test_the_configuration_is_there_before_the_first_step_and_a_failed_run_saves_no_pipeline(tmp_path, monkeypatch):
+    def fails(self, *_):
+        assert (tmp_path / "training_config.json").exists()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(objectives.VariationalObjective, "loss", fails)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert not (tmp_path / "model_index.json").exists()
+
+
+def test_a_resumed_run_ends_in_the_weights_and_the_log_of_one_that_was_never_stopped(tmp_path, monkeypatch):
+    whole = run(tmp_path / "whole")
+    stopped, loss, calls = tmp_path / "stopped", objectives.VariationalObjective.loss, []
+
+    def stops(self, *arguments):
+        calls.append(arguments)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(objectives.VariationalObjective, "loss", stops)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, checkpointing_steps=2)
+    monkeypatch.undo()
+    run(stopped, checkpointing_steps=2, resume_from_checkpoint="latest")
+    expected, got = weights(whole), weights(stopped)
+    assert all(torch.equal(expected[name], got[name]) for name in expected)
+    assert torch.equal(losses(whole), losses(stopped))
+    assert [line["step"] for line in log(stopped)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_accumulated_batches_are_one_large_batch(tmp_path):
+    large = run(tmp_path / "large", train_batch_size=16)
+    split = run(tmp_path / "split", train_batch_size=8, gradient_accumulation_steps=2)
+    assert (losses(large) - losses(split)).abs().max() < 1e-5
+
+
+def test_data_workers_change_nothing(tmp_path):
+    assert torch.equal(losses(run(tmp_path / "0")), losses(run(tmp_path / "2", dataloader_num_workers=2)))
+
+
+def test_seeds_differ_and_repeat(tmp_path):
+    first, again, other = (run(tmp_path / n, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1)))
+    assert torch.equal(losses(first), losses(again))
+    assert not torch.equal(losses(first), losses(other))
+
+
+def test_bf16_keeps_weights_and_losses_in_float32(tmp_path):
+    exact = run(tmp_path / "float32", rung="ddpm")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    mixed = run(tmp_path / "bf16", rung="ddpm", mixed_precision="bf16")
+    assert all(tensor.dtype == torch.float32 for tensor in weights(mixed, "unet").values())
+    difference = (losses(exact) - losses(mixed)).abs().max()
+    assert 0 < difference < 0.05
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    run(tmp_path, checkpointing_steps=1, checkpoints_total_limit=2)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):
+    loss, calls = objectives.VariationalObjective.loss, []
+
+    def diverges(self, *arguments):
+        calls.append(arguments)
+        value, terms = loss(self, *arguments)
+        return (value * float("nan") if len(calls) == 4 else value), terms
+
+    monkeypatch.setattr(objectives.VariationalObjective, "loss", diverges)
+    with pytest.raises(FloatingPointError, match="step 4"):
+        run(tmp_path, checkpointing_steps=2)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not (tmp_path / "model_index.json").exists()
+    assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
+
+
+def test_the_folder_of_another_run_is_refused_and_left_as_it_was(tmp_path):
+    run(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match="learning_rate"):
+        run(tmp_path, learning_rate=0.5)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such checkpoint"):
+        run(tmp_path, resume_from_checkpoint="checkpoint-3")
+
+
+def test_the_averaged_weights_are_saved(tmp_path):
+    averaged, last = run(tmp_path / "averaged", max_train_steps=20), run(tmp_path / "last", max_train_steps=20, use_ema=False)
+    assert torch.equal(losses(averaged), losses(last))
+    assert any(not torch.equal(tensor, weights(last)[name]) for name, tensor in weights(averaged).items())
+
+
+def test_latent_diffusion_trains_its_own_vae_where_none_is_given_and_takes_labels(tmp_path):
+    run(tmp_path, rung="latent_diffusion", max_train_steps=2, class_conditional=True)
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path)
+    assert pipeline.unet.config.num_class_embeds == 11
+    assert (tmp_path / "vae_rung" / "model_index.json").exists()
+    trained = weights(tmp_path / "vae_rung")
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in weights(tmp_path).items())
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_rung_trains_loads_without_trust_and_samples_the_same_pixels(rung, tmp_path):
+    config = configuration(rung, output_dir=str(tmp_path), **{**TINY, "max_train_steps": 2})
+    trained = train_rung(config)
+    loaded = DiffusionPipeline.from_pretrained(tmp_path)
+    steps = {} if RUNGS[rung].num_inference_steps is None else {"num_inference_steps": 3}
+    a, b = (
+        torch.from_numpy(p(batch_size=2, generator=torch.Generator().manual_seed(0), output_type="np", **steps).images)
+        for p in (trained, loaded)
+    )
+    assert a.shape == (2, 8, 8, 1)
+    assert (a - b).abs().max() < 1e-6  # weights that lie elsewhere in memory may take another kernel, an ulp away
+    assert 0 <= a.min() <= a.max() <= 1
+
+
+LAUNCHES = {
+    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"],
+    "accelerate": [
+        *[sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"],
+        *["--multi_gpu", "--num_processes", "2", "--main_process_port", "29612"],
+    ],
+}
+EVERY_RUNG = """
+import sys
+from diffusers_edu.cli import main
+if __name__ == "__main__":
+    for rung in sys.argv[2].split(","):
+        main(["train", "--rung", rung, "--output_dir", f"{sys.argv[1]}/{rung}", *sys.argv[3:]])
+"""
+
+
+def launch(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=600, cwd=ROOT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "rungs"), [("torchrun", list(RUNGS)), ("accelerate", ["vae"])])
+def test_two_processes_train_as_one_with_the_same_global_batch(launcher, rungs, tmp_path):
+    script = tmp_path / "every_rung.py"
+    script.write_text(EVERY_RUNG)
+    flags = ["--dataset_name", "digits", "--train_batch_size", "8", "--max_train_steps", "3"]
+    done = launch(LAUNCHES[launcher], str(script), str(tmp_path / "two"), ",".join(rungs), *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rung in rungs:
+        vae = {"vae_path": str(tmp_path / "two" / "latent_diffusion" / "vae_rung")} if rung == "latent_diffusion" else {}
+        one = run(tmp_path / "one" / rung, rung, train_batch_size=16, max_train_steps=3, lr_warmup_steps=50, **vae)
+        assert (losses(one) - losses(tmp_path / "two" / rung)).abs().max() < 1e-5
+        DiffusionPipeline.from_pretrained(tmp_path / "two" / rung)
+
+
+@pytest.mark.slow
+def test_a_launch_that_silently_starts_fewer_processes_is_stopped(tmp_path):
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
+    arguments = ["--rung", "dae", "--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
+    done = launch(launcher, str(ROOT / "scripts" / "train.py"), *arguments)
+    assert done.returncode != 0
+    assert "asked for 2 processes, but 1 runs" in done.stderr
+    assert not (tmp_path / "run").exists()
