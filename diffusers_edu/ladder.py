@@ -10,16 +10,17 @@ import torch
 from diffusers import DiffusionPipeline
 
 from .evaluation import claims, figures, pictures
-from .evaluation.metrics import Estimate, measure
+from .evaluation.metrics import Estimate, frechet_distance, measure
 from .evaluation.pictures import Picture
-from .evaluation.report import Section, write_page
-from .evaluation.sampling import Step, decode, sample, trace
+from .evaluation.report import Section, render
+from .evaluation.sampling import Step, decode, initial_noise, sample, trace
 from .rungs import RUNGS, configuration, train_rung
 from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError
 from .training.data import ImageData, load_data
 from .training.trainer import LOG_NAME, read_log
 
 SHOWN = 32  # samples of each rung on the page
+TRACED = 250  # samples followed through the stages of a stack
 
 
 @dataclass
@@ -41,15 +42,32 @@ class Measured:
         return sum(parameter.numel() for module in modules for parameter in module.parameters())
 
     def as_json(self) -> dict[str, Any]:
-        figures_of_it = {name: estimate.as_json() for name, estimate in self.metrics.items()}
         return {
             "train_seconds": round(self.train_seconds, 2),
             "sample_seconds": round(self.sample_seconds, 2),
             "num_parameters": self.num_parameters,
             "num_samples": len(self.samples),
             "num_inference_steps": self.num_inference_steps,
-            **figures_of_it,
+            **{name: estimate.as_json() for name, estimate in self.metrics.items()},
             "bits_per_dim": None,
+        }
+
+
+@dataclass
+class Ladder:
+    """All of a run: the data, the rungs in their order, and the figures of real digits."""
+
+    train: ImageData
+    held_out: ImageData
+    rungs: dict[str, Measured]
+    floor: dict[str, Estimate]
+    seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "dataset": "digits",
+            "rungs": {name: rung.as_json() for name, rung in self.rungs.items()},
+            "floor": {"num_samples": len(self.train), **{name: estimate.as_json() for name, estimate in self.floor.items()}},
         }
 
 
@@ -59,35 +77,28 @@ def climb(output: Path, num_samples: int = 1000, seed: int = 0, max_train_steps:
     Raises:
         UsageError: the folder holds the results of other settings, or cannot be written.
     """
+    if num_samples < SHOWN:
+        raise UsageError(f"--num_samples {num_samples}: at least {SHOWN} are needed")
     start = time.perf_counter()
     changes: dict[str, Any] = {} if max_train_steps is None else {"max_train_steps": max_train_steps}
     configs = {
         name: configuration(name, dataset_name="digits", output_dir=str(output / name), seed=seed, **changes) for name in RUNGS
     }
     configs["latent_diffusion"] = replace(configs["latent_diffusion"], vae_path=configs["vae"].output_dir)
-    if num_samples < SHOWN:
-        raise UsageError(f"--num_samples {num_samples}: at least {SHOWN} are needed")
     for config in configs.values():
         config.check_folder()  # all of them before the first is trained
 
     train, held_out = load_data(configs["dae"])
-    measured = {}
+    rungs = {}
     for number, (name, config) in enumerate(configs.items(), 1):
         print(f"[{number}/{len(configs)}] {name}: {RUNGS[name].title}", flush=True)
-        measured[name] = train_and_measure(config, held_out, num_samples, seed)
-        print(f"      {summary(measured[name].metrics)}", flush=True)
+        rungs[name] = train_and_measure(config, held_out, num_samples, seed)
+        print(f"      {summary(rungs[name].metrics)}", flush=True)
     floor = measure(train.images.flatten(1), held_out.images.flatten(1), seed)
+    ladder = Ladder(train, held_out, rungs, floor, seed)
+    write(output / "results.json", json.dumps(ladder.as_json(), indent=2) + "\n")
 
-    results = {
-        "dataset": "digits",
-        "rungs": {name: rung.as_json() for name, rung in measured.items()},
-        "floor": {"num_samples": len(train), **{name: estimate.as_json() for name, estimate in floor.items()}},
-    }
-    aside = output / "results.tmp"
-    aside.write_text(json.dumps(results, indent=2) + "\n")
-    aside.replace(output / "results.json")
     print("drawing the page", flush=True)
-    sections = [section(rung, measured, floor, train, held_out, seed) for rung in measured.values()]
     facts = {
         "data": f"{len(train)} digits to train on, {len(held_out)} held out, {train.resolution}x{train.resolution} grey",
         "samples measured": f"{num_samples} a rung",
@@ -95,9 +106,15 @@ def climb(output: Path, num_samples: int = 1000, seed: int = 0, max_train_steps:
         "run": f"{time.perf_counter() - start:.0f} s",
         "folder": str(output),
     }
-    forward = pictures.forward_process(measured["ddpm"].pipeline.scheduler, signed(held_out, 4), seed)
-    write_page(output / "report.html", sections, floor, shown(held_out.images), overview(measured, floor), forward, facts)
+    write(output / "report.html", page(ladder, facts))
     print(f"{output / 'report.html'}: open it in a browser ({time.perf_counter() - start:.0f} s in all)", flush=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file in one piece: a run that is cut off leaves the old one."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 def train_and_measure(config: TrainingConfig, held_out: ImageData, num_samples: int, seed: int) -> Measured:
@@ -145,102 +162,111 @@ def summary(metrics: dict[str, Estimate]) -> str:
     return ", ".join(f"{name.replace('_', ' ')} {estimate.value:.3f}" for name, estimate in metrics.items())
 
 
+def page(ladder: Ladder, facts: dict[str, str]) -> str:
+    """The report as HTML."""
+    distances = [rung.metrics["frechet_distance"] for rung in ladder.rungs.values()]
+    overview = figures.distances(
+        list(ladder.rungs),
+        [d.value for d in distances],
+        [d.interval for d in distances],
+        ladder.floor["frechet_distance"].value,
+    )
+    forward = pictures.forward_process(ladder.rungs["ddpm"].pipeline.scheduler, signed(ladder.held_out, 4), ladder.seed)
+    sections = [section(rung, ladder) for rung in ladder.rungs.values()]
+    return render(sections, ladder.floor, figures.grid(ladder.held_out.images[:SHOWN], 16, "digits"), overview, forward, facts)
+
+
+def section(rung: Measured, ladder: Ladder) -> Section:
+    """The page's section of one rung."""
+    verdict, extra = STORIES[rung.name](rung, ladder)
+    facts = {
+        "parameters": f"{rung.num_parameters:,}",
+        "training": f"{len(rung.losses)} steps, {rung.train_seconds:.0f} s",
+        "sampling": f"{1e3 * rung.sample_seconds / len(rung.samples):.2g} ms an image",
+        "network calls an image": str(rung.num_inference_steps or 1),
+    }
+    return Section(
+        name=rung.name,
+        title=RUNGS[rung.name].title,
+        change=RUNGS[rung.name].change,
+        verdict=verdict,
+        metrics=rung.metrics,
+        facts=facts,
+        row=figures.grid(rung.samples[:SHOWN], 16, f"samples of {rung.name}"),
+        samples=figures.grid(rung.samples[:SHOWN], 8, f"samples of {rung.name}"),
+        real=figures.grid(ladder.held_out.images[:SHOWN], 8, "held-out digits"),
+        loss=figures.loss_curve(rung.losses, rung.name),
+        pictures=extra,
+    )
+
+
 def signed(data: ImageData, count: int) -> torch.Tensor:
     """The first images as float32 (count, C, H, W) in [-1, 1]."""
     return data.images[:count] * 2 - 1
 
 
-def shown(images: torch.Tensor) -> Any:
-    return figures.grid(images[:SHOWN], SHOWN // 2, "digits")
-
-
-def overview(measured: dict[str, Measured], floor: dict[str, Estimate]) -> Any:
-    distances = [rung.metrics["frechet_distance"] for rung in measured.values()]
-    return figures.distances(
-        list(measured), [d.value for d in distances], [d.interval for d in distances], floor["frechet_distance"].value
-    )
-
-
-def section(
-    rung: Measured, measured: dict[str, Measured], floor: dict[str, Estimate], train: ImageData, held_out: ImageData, seed: int
-) -> Section:
-    """The page's section of one rung."""
-    table = RUNGS[rung.name]
-    verdict, extra = STORIES[rung.name](rung, measured, floor, train, held_out, seed)
-    facts = {
-        "parameters": f"{rung.num_parameters:,}",
-        "training": f"{rung.train_seconds:.0f} s, {len(rung.losses)} steps",
-        "sampling": f"{1000 * rung.sample_seconds / len(rung.samples):.1f} ms an image",
-        "network calls an image": str(rung.num_inference_steps or 1),
-    }
-    return Section(
-        rung.name,
-        table.title,
-        table.change,
-        verdict,
-        rung.metrics,
-        facts,
-        shown(rung.samples),
-        shown(held_out.images),
-        figures.loss_curve(rung.losses, rung.name),
-        extra,
-    )
-
-
 def record(rung: Measured, count: int, seed: int) -> list[Step]:
+    """The steps of one call for the first `count` samples."""
     return trace(rung.pipeline, count, seed, **steps_argument(rung.num_inference_steps))
 
 
-def tell_dae(rung, measured, floor, train, held_out, seed) -> tuple[claims.Verdict, list[Picture]]:
-    distance = (rung.samples.mean(0) - train.images.mean(0)).square().mean().sqrt().item()
-    pair = torch.stack([train.images.mean(0), rung.samples.mean(0)])
+Story = tuple[claims.Verdict, list[Picture]]
+
+
+def tell_dae(rung: Measured, ladder: Ladder) -> Story:
+    means = torch.stack([ladder.train.images.mean(0), rung.samples.mean(0)])
+    distance = (means[0] - means[1]).square().mean().sqrt().item()
     picture = Picture(
-        "The mean of the training digits (left), and the mean of the samples (right).", figures.grid(pair, 2, "means")
+        "The mean of what it saw, and of what it makes",
+        "Left the mean of the training digits, right the mean of the samples.",
+        figures.grid(means, 2, "mean training digit, mean sample", gap=4),
     )
     return claims.judge_dae(rung.metrics, distance), [picture]
 
 
-def stack_pictures(rung: Measured, held_out: ImageData, seed: int) -> tuple[pictures.StageShares, list[Picture]]:
-    steps = record(rung, 250, seed)
+def stage_pictures(rung: Measured, ladder: Ladder) -> tuple[pictures.StageShares, list[Picture]]:
+    """What each stage of a stack did, measured on samples of their own, and drawn."""
     config = rung.pipeline.model.config
-    generator = torch.Generator().manual_seed(seed)
-    start = config.sigma_max * torch.randn(steps[0].sample.shape, generator=generator)
-    shares = pictures.stage_shares(steps, start, 2 * held_out.images.std(0).mean().item())
-    return shares, [pictures.stage_chart(shares, config.fresh_noise), pictures.reverse_process(steps, "stage")]
+    start = config.sigma_max * initial_noise(ladder.seed, TRACED, ladder.held_out.images.shape[1:])
+    steps = record(rung, TRACED, ladder.seed)
+    shares = pictures.stage_shares(steps, start, 2 * ladder.held_out.images.std(0).mean().item())
+    return shares, [pictures.stage_chart(shares, config.fresh_noise), pictures.reverse_process(start, steps, "stage")]
 
 
-def tell_stacked(rung, measured, floor, train, held_out, seed) -> tuple[claims.Verdict, list[Picture]]:
-    shares, drawn = stack_pictures(rung, held_out, seed)
+def tell_stacked(rung: Measured, ladder: Ladder) -> Story:
+    shares, drawn = stage_pictures(rung, ladder)
     return claims.judge_stacked(rung.metrics, shares), drawn
 
 
-def tell_noisy(rung, measured, floor, train, held_out, seed) -> tuple[claims.Verdict, list[Picture]]:
-    _, drawn = stack_pictures(rung, held_out, seed)
+def tell_noisy(rung: Measured, ladder: Ladder) -> Story:
+    _, drawn = stage_pictures(rung, ladder)
+    sharp = claims.sharpness(rung.samples, ladder.held_out.images)
+    return claims.judge_noisy(rung.metrics, ladder.rungs["stacked_dae"].metrics, sharp), drawn
+
+
+@torch.no_grad()
+def tell_vae(rung: Measured, ladder: Ladder) -> Story:
+    vae, held_out = rung.pipeline.vae, ladder.held_out
+    codes = vae.encode(signed(ladder.train, len(ladder.train))).latent_dist.sample(torch.Generator().manual_seed(ladder.seed))
+    of_codes = frechet_distance(decode(vae, codes).flatten(1), held_out.images.flatten(1), ladder.seed)
     sharp = claims.sharpness(rung.samples, held_out.images)
-    return claims.judge_noisy(rung.metrics, measured["stacked_dae"].metrics, sharp), drawn
+    verdict = claims.judge_vae(rung.metrics, ladder.rungs["noisy_stacked_dae"].metrics, of_codes.value, sharp)
+    return verdict, [pictures.reconstructions(vae, signed(held_out, 16)), pictures.latent_walk(vae, signed(held_out, 8))]
 
 
-def tell_vae(rung, measured, floor, train, held_out, seed) -> tuple[claims.Verdict, list[Picture]]:
-    vae = rung.pipeline.vae
-    with torch.no_grad():
-        codes = vae.encode(train.images * 2 - 1).latent_dist.sample(torch.Generator().manual_seed(seed))
-    of_codes = measure(decode(vae, codes).flatten(1), held_out.images.flatten(1), seed)["frechet_distance"].value
-    sharp = claims.sharpness(rung.samples, held_out.images)
-    drawn = [pictures.reconstructions(vae, signed(held_out, 16)), pictures.latent_walk(vae, signed(held_out, 8))]
-    return claims.judge_vae(rung.metrics, measured["noisy_stacked_dae"].metrics, of_codes, sharp), drawn
+def tell_ddpm(rung: Measured, ladder: Ladder) -> Story:
+    earlier = [ladder.rungs[name].metrics for name in ("dae", "stacked_dae", "noisy_stacked_dae", "vae")]
+    sharp = claims.sharpness(rung.samples, ladder.held_out.images)
+    verdict = claims.judge_ddpm(rung.metrics, earlier, ladder.floor["frechet_distance"].value, sharp)
+    start = initial_noise(ladder.seed, 4, rung.samples.shape[1:])
+    return verdict, [pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep")]
 
 
-def tell_ddpm(rung, measured, floor, train, held_out, seed) -> tuple[claims.Verdict, list[Picture]]:
-    earlier = [measured[name].metrics for name in ("dae", "stacked_dae", "noisy_stacked_dae", "vae")]
-    sharp = claims.sharpness(rung.samples, held_out.images)
-    verdict = claims.judge_ddpm(rung.metrics, earlier, floor["frechet_distance"].value, sharp)
-    return verdict, [pictures.reverse_process(record(rung, 8, seed), "timestep")]
-
-
-def tell_latent(rung, measured, floor, train, held_out, seed) -> tuple[claims.Verdict, list[Picture]]:
-    prior = measured["vae"]
-    steps = pictures.reverse_process(record(rung, 8, seed), "timestep", rung.pipeline.vae)
-    drawn = [*pictures.same_decoder(prior.samples[:SHOWN], rung.samples[:SHOWN]), steps]
+def tell_latent(rung: Measured, ladder: Ladder) -> Story:
+    prior, vae = ladder.rungs["vae"], rung.pipeline.vae
+    drawn = pictures.same_decoder(prior.samples[:SHOWN], rung.samples[:SHOWN])
+    start = initial_noise(ladder.seed, 4, vae.latent_shape)
+    drawn.append(pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep", vae))
     return claims.judge_latent(rung.metrics, prior.metrics), drawn
 
 

@@ -74,6 +74,8 @@ def build_scheduler(config: TrainingConfig, clip_sample: bool) -> EduDDPMSchedul
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
+        # Of the two fixed variances the one that loses less of the data's on a coarse grid.
+        variance_type="fixed_large",
         clip_sample=clip_sample,
     )
 
@@ -160,7 +162,7 @@ RUNGS: dict[str, Rung] = {
         "Gaussian, and every reverse step is a term of the evidence lower bound.",
         build=build_ddpm,
         objective=lambda pipeline, config: DiffusionObjective(pipeline.unet, pipeline.scheduler),
-        defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3),
+        defaults=dict(max_train_steps=1200, train_batch_size=128, learning_rate=4e-3),
         num_inference_steps=50,
     ),
     "latent_diffusion": Rung(
@@ -195,8 +197,10 @@ def train_rung(config: TrainingConfig) -> Any:
     `latent_diffusion` without a `vae_path` trains its VAE first, for as many steps, in the folder `vae_rung` of its own.
     """
     if config.rung == "latent_diffusion" and config.vae_path is None:
-        shared = ("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution", "posterior", "seed",
-                  "mixed_precision", "max_train_steps", "train_batch_size", "resume_from_checkpoint", "dataloader_num_workers")  # fmt: skip
+        shared = (
+            *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution", "posterior", "seed"),
+            *("max_train_steps", "train_batch_size", "mixed_precision", "dataloader_num_workers", "resume_from_checkpoint"),
+        )
         chosen = {name: getattr(config, name) for name in shared}
         first = configuration("vae", output_dir=str(Path(config.output_dir) / "vae_rung"), **chosen)
         train_rung(first)

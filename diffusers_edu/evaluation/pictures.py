@@ -16,8 +16,9 @@ COLUMNS = 11  # of a strip
 
 @dataclass
 class Picture:
-    """A picture and what to see in it."""
+    """A picture, its title, and what to see in it."""
 
+    title: str
     caption: str
     html: Markup
     wide: bool = False
@@ -56,36 +57,58 @@ def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list
     columns = [("x<sub>0</sub>", to_unit(images))]
     for t in spread(len(alpha_bar), COLUMNS):
         x_t = scheduler.add_noise(images, noise, torch.full((len(images),), t))
-        label = f"t = {t}<br>&#x1D6FC;&#x0305; {alpha_bar[t]:.2g}<br>SNR {snr[t]:.2g}"
+        label = f"t = {t}<br>α̅ {decimal(alpha_bar[t])}<br>SNR {decimal(snr[t])}"
         columns.append((label, visible(x_t)))
     figure, axes = figures.chart("alpha bar and signal-to-noise ratio over the timesteps")
-    axes.plot(alpha_bar, color=figures.ACCENT, label=r"$\bar\alpha_t$: share of the image in the variance")
-    axes.plot(1 - alpha_bar, color=figures.QUIET, label=r"$1-\bar\alpha_t$: share of the noise")
-    axes.set(xlabel="timestep t", ylim=(0, 1.02))
-    axes.legend(fontsize=8, loc="center right")
+    axes.plot(alpha_bar, color=figures.ACCENT)
+    axes.plot(1 - alpha_bar, color=figures.QUIET)
+    axes.text(0.02, 0.86, r"$\bar\alpha_t$: image", color=figures.ACCENT, transform=axes.transAxes)
+    axes.text(0.02, 0.06, r"$1-\bar\alpha_t$: noise", color=figures.QUIET, transform=axes.transAxes)
+    axes.set(xlabel="timestep t", ylabel="share of the variance", ylim=(0, 1.02))
     figure_snr, axes = figures.chart("signal-to-noise ratio over the timesteps")
     axes.semilogy(snr.clamp(min=1e-12), color=figures.ACCENT)
     axes.axhline(1, color=figures.QUIET, linestyle="--", linewidth=1)
     axes.set(xlabel="timestep t", ylabel=r"SNR = $\bar\alpha_t / (1-\bar\alpha_t)$")
     return [
-        Picture("x_t = √ᾱ_t x₀ + √(1−ᾱ_t) ε. The image fades while the noise comes up; the sum keeps its variance.",
-                figures.strip(columns, "forward process"), wide=True),
-        Picture("How much of the variance is image, and how much is noise.", figures.svg(figure)),
-        Picture("Signal against noise: the task of the network runs from trivial to impossible.", figures.svg(figure_snr)),
-    ]  # fmt: skip
+        Picture(
+            "A digit on its way to noise",
+            "x_t = √α̅_t x₀ + √(1−α̅_t) ε. The image fades while the noise comes up, and the variance stays what it was.",
+            figures.strip(columns, "forward process"),
+            wide=True,
+        ),
+        Picture("Image and noise", "How much of the variance of x_t is image, and how much is noise.", figures.svg(figure)),
+        Picture(
+            "Signal to noise",
+            "The task of the network runs from trivial, on the left, to impossible, on the right.",
+            figures.svg(figure_snr),
+        ),
+    ]
 
 
-def reverse_process(steps: list[Step], start: str, vae: Any = None, rows: int = 4) -> Picture:
-    """What was handed on after each of some steps, ending in samples; latents are shown through the decoder."""
-    columns = []
+def decimal(value: float) -> str:
+    """Two digits that matter, without an exponent where that is short."""
+    return f"{value:.2g}" if value < 1e-3 else f"{float(f'{value:.2g}'):,g}"
+
+
+def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any = None, rows: int = 4) -> Picture:
+    """From the noise that a call started with, by what was handed on after some of its steps, to samples.
+
+    Args:
+        start: the noise, shape (B, C, H, W).
+        steps: the record of the call.
+        noun: what a step is called, "stage" or "timestep".
+        vae: decodes latents for the eye.
+        rows: samples to show.
+    """
+    columns = [("noise", decode(vae, start[:rows] / vae.config.scaling_factor) if vae is not None else visible(start[:rows]))]
     for index in spread(len(steps)):
         x = steps[index].sample[:rows]
         last = index == len(steps) - 1
         images = decode(vae, x / vae.config.scaling_factor) if vae is not None else (to_unit(x) if last else visible(x))
-        columns.append((f"after {start} {steps[index].timestep}" if index == 0 else f"{steps[index].timestep}", images))
+        columns.append((f"{noun} {steps[index].timestep}" if index == 0 else f"{steps[index].timestep}", images))
     shown = "decoded" if vae is not None else "as it is handed on"
-    caption = f"From noise to samples, {len(steps)} steps, left to right: the image after the {start} named below it, {shown}."
-    return Picture(caption, figures.strip(columns, "reverse process"), wide=True)
+    caption = f"From noise to samples in {len(steps)} steps: the image after the {noun} named below it, {shown}."
+    return Picture("From noise to samples", caption, figures.strip(columns, "reverse process"), wide=True)
 
 
 def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float) -> StageShares:
@@ -99,22 +122,22 @@ def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float) -> Sta
 
 
 def stage_chart(shares: StageShares, fresh_noise: bool) -> Picture:
-    figure, axes = figures.chart("share of the change and diversity left after each stage", width=5.2, height=2.8)
+    figure, axes = figures.chart("share of the change and diversity left after each stage", height=2.8)
     names = [str(level) for level in shares.levels]
-    axes.bar(names, shares.change, color=figures.QUIET, width=0.6, label="share of the change")
-    axes.plot(names, shares.diversity, color=figures.ACCENT, marker="o", markersize=4, label="diversity after it (data = 1)")
+    axes.bar(names, shares.change, color="#cfcabd", width=0.7, label="share of the change")
+    axes.plot(names, shares.diversity, color=figures.ACCENT, marker="o", markersize=4, label="diversity left (data = 1)")
     axes.set_yscale("symlog", linthresh=0.01)
     ticks = [0, 0.01, 0.1, 1, 10]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_ylim(0, max(2.0, 1.5 * max(shares.diversity)))
-    axes.set(xlabel="stage, in the order of sampling (10 is the noisiest)" if len(names) == 10 else "stage")
-    axes.legend(fontsize=8)
+    axes.set(xlabel="stage, in the order of sampling")
+    axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.02))
     after = "what is handed on, fresh noise included" if fresh_noise else "what is handed on"
     first = f"The first stage makes {shares.change[0]:.1%} of all the change"
     caption = (
         f"{first}, and leaves a diversity of {shares.diversity[0]:.3g}; the last leaves {shares.diversity[-1]:.3g} ({after})."
     )
-    return Picture(caption, figures.svg(figure))
+    return Picture("What each stage does", caption, figures.svg(figure))
 
 
 @torch.no_grad()
@@ -124,11 +147,10 @@ def latent_walk(vae: Any, ends: torch.Tensor, columns: int = COLUMNS) -> Picture
     first, last = codes[0::2], codes[1::2]
     walk = [(f"{share:.0%}", decode(vae, slerp(first, last, share))) for share in np.linspace(0, 1, columns)]
     caption = (
-        "A walk between two digits in latent space: every point on the way decodes to something like a digit, or shows a hole."
+        "From the code of one digit to that of another: every point on the way decodes to something like a digit, or to a hole."
     )
-    return Picture(
-        caption, figures.strip([("from", to_unit(ends[0::2])), *walk, ("to", to_unit(ends[1::2]))], "walk"), wide=True
-    )
+    drawn = figures.strip([("from", to_unit(ends[0::2])), *walk, ("to", to_unit(ends[1::2]))], "walk in latent space")
+    return Picture("A walk in latent space", caption, drawn, wide=True)
 
 
 def slerp(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor:
@@ -146,18 +168,17 @@ def reconstructions(vae: Any, images: torch.Tensor) -> Picture:
     rebuilt = vae(images.to(vae.device, vae.dtype)).sample
     error = (rebuilt.float().cpu() - images).square().mean().sqrt().item() / 2
     pairs = torch.cat([to_unit(images), to_unit(rebuilt)])
-    caption = (
-        f"Held-out digits (above) and their reconstructions (below): root-mean-square error {error:.3f} of the grey range."
-    )
-    return Picture(caption, figures.grid(pairs, len(images), "reconstructions"), wide=True)
+    caption = f"Held-out digits above, what their codes decode to below: root-mean-square error {error:.3f} of the grey range."
+    return Picture("Reconstructions", caption, figures.grid(pairs, len(images), "reconstructions"), wide=True)
 
 
 def same_decoder(prior: torch.Tensor, diffused: torch.Tensor) -> list[Picture]:
     """Samples of the VAE's prior and of the diffusion, both (N, C, H, W) in [0, 1]."""
     columns = math.isqrt(len(prior) * 2)
     return [
-        Picture("Codes from N(0, I), decoded: the VAE's own prior.", figures.grid(prior, columns, "decoded prior samples")),
-        Picture(
-            "Codes from the diffusion, through the same decoder.", figures.grid(diffused, columns, "decoded diffusion samples")
-        ),
+        Picture(title, caption, figures.grid(images, columns, title))
+        for title, caption, images in (
+            ("Codes from N(0, I), decoded", "The VAE's own prior.", prior),
+            ("Codes from the diffusion, decoded", "The same decoder.", diffused),
+        )
     ]

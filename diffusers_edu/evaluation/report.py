@@ -1,7 +1,6 @@
 """The page: one self-contained HTML file from what was measured and drawn."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -11,11 +10,11 @@ from .metrics import Estimate
 from .pictures import Picture
 
 FIGURES = {
-    "frechet_distance": ("Fréchet distance", "pixels; smaller is better"),
-    "kernel_distance": ("Kernel distance", "0 where the distributions are equal"),
-    "precision": ("Precision", "samples that look like data"),
-    "recall": ("Recall", "data that the samples cover"),
-    "diversity": ("Diversity", "pixel std, data = 1"),
+    "frechet_distance": "Fréchet distance",
+    "kernel_distance": "Kernel distance",
+    "precision": "Precision",
+    "recall": "Recall",
+    "diversity": "Diversity",
 }
 
 
@@ -28,7 +27,7 @@ class Section:
         verdict: its claim, held against the measurements.
         metrics: of its samples.
         facts: short labelled facts, such as the number of parameters.
-        samples, real, loss: pictures of its samples, of held-out data and of its training loss.
+        row, samples, real, loss: pictures of a few samples in a row, of more, of held-out data, and of the training loss.
         pictures: more of them.
     """
 
@@ -38,6 +37,7 @@ class Section:
     verdict: Verdict
     metrics: dict[str, Estimate]
     facts: dict[str, str]
+    row: Markup
     samples: Markup
     real: Markup
     loss: Markup
@@ -45,27 +45,33 @@ class Section:
 
 
 def number(value: float) -> str:
-    """Three digits that matter, or fewer: 4.63, 0.117, 0.004."""
-    return f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+    """Three digits that matter where there are so many, and no minus before a zero: 4.63, 0.117, 0.0012."""
+    text = f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
+    return text.removeprefix("-") if float(text) == 0 else text
 
 
-def write_page(
-    path: Path,
+def render(
     sections: list[Section],
     floor: dict[str, Estimate],
     real: Markup,
     overview: Markup,
     forward: list[Picture],
     facts: dict[str, str],
-) -> None:
-    """Render the page and write it in one piece."""
-    environment = Environment(
-        loader=PackageLoader(__package__, ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
+) -> str:
+    """The page as HTML.
+
+    Args:
+        sections: of the rungs, in their order.
+        floor: the figures of real data.
+        real: a picture of held-out data in a row.
+        overview: a chart of all rungs.
+        forward: pictures of the forward process of diffusion.
+        facts: short labelled facts of the run; `folder` is where its pipelines lie.
+    """
+    loader = PackageLoader(__package__, "")
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
-    page = environment.get_template("report.html").render(
+    template = environment.get_template("report.html")
+    return template.render(
         sections=sections, floor=floor, real=real, overview=overview, forward=forward, facts=facts, figures=FIGURES
     )
-    aside = path.with_suffix(".tmp")
-    aside.write_text(page, encoding="utf-8")
-    aside.replace(path)

@@ -1,6 +1,6 @@
 """Samples of any pipeline, and a record of the way to them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,11 @@ def sample(pipeline: Any, count: int, seed: int = 0, batch_size: int = 250, **kw
         images = pipeline(batch_size=size, generator=generators(seed, first, size), output_type="np", **kwargs).images
         batches.append(torch.from_numpy(images).permute(0, 3, 1, 2))
     return torch.cat(batches).float()
+
+
+def initial_noise(seed: int, count: int, shape: Sequence[int]) -> torch.Tensor:
+    """The first draw of the `count` samples of a seed: N(0, I), shape (count, *shape)."""
+    return torch.stack([torch.randn(tuple(shape), generator=generator) for generator in generators(seed, 0, count)])
 
 
 @dataclass

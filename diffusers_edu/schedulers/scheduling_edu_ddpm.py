@@ -154,13 +154,17 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 1")
         for key, value, allowed in (
             ("prediction_type", prediction_type, PREDICTION_TYPES),
-            ("variance_type", variance_type, VARIANCE_TYPES),
+            ("variance_type", variance_type or "fixed_small", VARIANCE_TYPES),
             ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
         ):
             if value not in allowed:
                 raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
 
         if trained_betas is not None:
+            if len(trained_betas) != num_train_timesteps:
+                raise ValueError(
+                    f"{len(trained_betas)} trained_betas for num_train_timesteps = {num_train_timesteps}; give as many"
+                )
             self.betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float32)
         else:
             self.betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
@@ -233,6 +237,10 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
                 raise ValueError(f"custom timesteps must start before num_train_timesteps ({T}) and end at 0 or later")
         else:
             grid = torch.from_numpy(self._spaced_grid(num_inference_steps))
+            if grid[0] >= T:
+                raise ValueError(
+                    f"steps_offset {self.config.steps_offset} leads to timestep {grid[0]}; the last one is {T - 1}"
+                )
         self.num_inference_steps = len(grid)
         self._set_grid(grid, device)
 
@@ -244,7 +252,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             return np.linspace(0, T - 1, count).round()[::-1].astype(np.int64)
         if self.config.timestep_spacing == "leading":
             return (np.arange(count) * (T // count))[::-1].astype(np.int64) + self.config.steps_offset
-        return np.round(np.arange(T, 0, -T / count)).astype(np.int64) - 1
+        # The end is left out by number: in floating point the last subtraction can stop short of 0.
+        return np.round(np.arange(T, 0, -T / count)[:count]).astype(np.int64) - 1
 
     def _set_grid(self, grid: torch.Tensor, device: str | torch.device | None = None) -> None:
         """Everything a reverse step needs is a function of t alone once the grid is chosen: look-ups, no searches."""
@@ -284,7 +293,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         `v_prediction`: sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v, Salimans and Ho 2022, section 4.
 
         Raises:
-            ValueError: `epsilon` where alpha_bar_t is 0 (zero terminal SNR): noise alone says nothing of the image.
+            ValueError: `epsilon` where alpha_bar_t is 0 (zero terminal SNR): noise alone says nothing of the image. Timesteps
+                of shape (B,) on an accelerator are not checked.
         """
         signal, sigma = _look_up(self._forward_table, timestep, sample)
         x_t, output = _upcast(sample), _upcast(model_output)
@@ -292,9 +302,10 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             return output
         if self.config.prediction_type == "v_prediction":
             return signal * x_t - sigma * output
-        if isinstance(signal, float) and signal == 0.0:
+        # On an accelerator the check would wait for the device; there the result is not finite.
+        if (signal == 0.0) if isinstance(signal, float) else (signal.device.type == "cpu" and bool((signal == 0).any())):
             raise ValueError(
-                f"alpha_bar is 0 at timestep {int(timestep)}, where a prediction of epsilon determines no image: "
+                "alpha_bar is 0 at this timestep, where a prediction of epsilon determines no image: "
                 "with rescale_betas_zero_snr use prediction_type 'v_prediction' or 'sample'"
             )
         return (x_t - sigma * output) / signal
@@ -342,7 +353,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _variance(self, beta_tilde, beta, predicted: torch.Tensor | None):
         """sigma_t^2 by `variance_type`; 0 where s = -1, so that no noise is left in the image."""
         kind = self.config.variance_type
-        if kind in ("fixed_small", "fixed_small_log"):
+        if kind in (None, "fixed_small", "fixed_small_log"):  # None: as DPM++ saves it
             return beta_tilde
         if kind in ("fixed_large", "fixed_large_log"):
             return beta

@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,7 @@ def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData]:
     held_out_name = next((name for name in HELD_OUT_NAMES if name in splits and name != train_name), None)
     train = decode(splits[train_name], config)
     if held_out_name is not None:
-        config.resolution = config.resolution or train.resolution
-        held_out = decode(splits[held_out_name], config)
+        held_out = decode(splits[held_out_name], replace(config, resolution=train.resolution))
         if held_out.channels != train.channels:
             held_out.pixels = as_channels(held_out.pixels, train.channels)
         return train, held_out
@@ -142,7 +141,10 @@ def decode(split: Any, config: TrainingConfig) -> ImageData:
 
     column = image_column(split, config)
     label_column = next((n for n, f in split.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    rows = split.cast_column(column, datasets.Image(decode=False))[column]
+    try:
+        rows = split.cast_column(column, datasets.Image(decode=False))[column]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(f"--image_column {column}: that column of {name_of(config)} holds no images") from error
     sizes = {open_image(row, i).size for i, row in enumerate(rows)} if config.resolution is None else set()
     width, height = sizes.pop() if len(sizes) == 1 else (64, 64)
     resolution = config.resolution or min(width, height)
@@ -154,8 +156,12 @@ def decode(split: Any, config: TrainingConfig) -> ImageData:
     grey = all(array.ndim == 2 for array in arrays)
     stacked = np.stack([a if grey or a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays])
     pixels = torch.from_numpy(stacked[:, None] if grey else stacked.transpose(0, 3, 1, 2).copy())
-    labels = torch.tensor(split[label_column], dtype=torch.int64) if label_column else None
-    return ImageData(pixels, 255, labels, split.features[label_column].names if label_column else [])
+    names = split.features[label_column].names if label_column else []
+    values = split[label_column] if label_column else [None]
+    # Folders of splits, without class folders in them, come with a column of labels all the same.
+    if None in values or set(names) <= {"train", *HELD_OUT_NAMES}:
+        return ImageData(pixels)
+    return ImageData(pixels, 255, torch.tensor(values, dtype=torch.int64), names)
 
 
 def image_column(split: Any, config: TrainingConfig) -> str:
@@ -192,7 +198,16 @@ def open_image(row: dict[str, Any], index: int) -> Image.Image:
             array = np.asarray(image, dtype=np.float64)
             image = Image.fromarray((array / max(array.max(), 1) * 255).astype(np.uint8))
         return image.convert("L" if mode in GREY_MODES else "RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        SyntaxError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+    ) as error:
         name = (row.get("path") if isinstance(row, dict) else None) or f"row {index}"
         raise UsageError(f"{name} is not an image that can be read; mend or remove it") from error
 
