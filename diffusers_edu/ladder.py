@@ -20,6 +20,7 @@ from .training.data import ImageData, load_data
 from .training.trainer import LOG_NAME, read_log
 
 SHOWN = 32  # samples of each rung on the page
+WALKS = (0, 6, 3, 8, 4, 9, 1, 7)  # the digits between which the walks in latent space lead, in pairs
 TRACED = 250  # samples followed through the stages of a stack
 
 
@@ -251,7 +252,10 @@ def tell_vae(rung: Measured, ladder: Ladder) -> Story:
     of_codes = frechet_distance(decode(vae, codes).flatten(1), held_out.images.flatten(1), ladder.seed)
     sharp = claims.sharpness(rung.samples, held_out.images)
     verdict = claims.judge_vae(rung.metrics, ladder.rungs["noisy_stacked_dae"].metrics, of_codes.value, sharp)
-    return verdict, [pictures.reconstructions(vae, signed(held_out, 16)), pictures.latent_walk(vae, signed(held_out, 8))]
+    labels = torch.as_tensor(held_out.labels)
+    first_of = [int(torch.nonzero(labels == digit)[0]) for digit in WALKS]
+    ends = held_out.images[first_of] * 2 - 1
+    return verdict, [pictures.reconstructions(vae, signed(held_out, 8)), pictures.latent_walk(vae, ends)]
 
 
 def tell_ddpm(rung: Measured, ladder: Ladder) -> Story:
@@ -259,12 +263,14 @@ def tell_ddpm(rung: Measured, ladder: Ladder) -> Story:
     sharp = claims.sharpness(rung.samples, ladder.held_out.images)
     verdict = claims.judge_ddpm(rung.metrics, earlier, ladder.floor["frechet_distance"].value, sharp)
     start = initial_noise(ladder.seed, 4, rung.samples.shape[1:])
-    return verdict, [pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep")]
+    near = pictures.nearest(rung.samples, ladder.train.images, ladder.held_out.images)
+    return verdict, [near, pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep")]
 
 
 def tell_latent(rung: Measured, ladder: Ladder) -> Story:
     prior, vae = ladder.rungs["vae"], rung.pipeline.vae
-    drawn = pictures.same_decoder(prior.samples[:SHOWN], rung.samples[:SHOWN])
+    near = pictures.nearest(rung.samples, ladder.train.images, ladder.held_out.images)
+    drawn = [near, *pictures.same_decoder(prior.samples[:SHOWN], rung.samples[:SHOWN])]
     start = initial_noise(ladder.seed, 4, vae.latent_shape)
     drawn.append(pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep", vae))
     return claims.judge_latent(rung.metrics, prior.metrics), drawn

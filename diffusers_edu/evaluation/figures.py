@@ -100,7 +100,7 @@ def loss_curve(losses: list[tuple[int, float]], name: str) -> Markup:
 
 def distances(names: list[str], values: list[float], intervals: list[tuple[float, float]], floor: float) -> Markup:
     """The Fréchet distance of every rung, on a logarithmic scale, with the floor."""
-    figure, axes = chart("Fréchet distance of each rung against the floor", width=6.4, height=2.6)
+    figure, axes = chart("Fréchet distance of each rung against the floor", width=4.6, height=3.0)
     positions = np.arange(len(names))[::-1]
     below = [v - low for v, (low, _) in zip(values, intervals, strict=True)]
     above = [high - v for v, (_, high) in zip(values, intervals, strict=True)]
@@ -113,5 +113,5 @@ def distances(names: list[str], values: list[float], intervals: list[tuple[float
     axes.set_xscale("log")
     axes.set_xlim(floor / 1.5, max(values) * 1.8)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-    axes.set_xlabel("Fréchet distance to held-out digits (smaller is better)")
+    axes.set_xlabel("Fréchet distance to held-out digits")
     return svg(figure)

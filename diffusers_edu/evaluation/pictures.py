@@ -63,7 +63,7 @@ def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list
     axes.plot(alpha_bar, color=figures.ACCENT)
     axes.plot(1 - alpha_bar, color=figures.QUIET)
     axes.text(0.02, 0.86, r"$\bar\alpha_t$: image", color=figures.ACCENT, transform=axes.transAxes)
-    axes.text(0.02, 0.06, r"$1-\bar\alpha_t$: noise", color=figures.QUIET, transform=axes.transAxes)
+    axes.text(0.72, 0.82, r"$1-\bar\alpha_t$: noise", color=figures.QUIET, transform=axes.transAxes)
     axes.set(xlabel="timestep t", ylabel="share of the variance", ylim=(0, 1.02))
     figure_snr, axes = figures.chart("signal-to-noise ratio over the timesteps")
     axes.semilogy(snr.clamp(min=1e-12), color=figures.ACCENT)
@@ -72,7 +72,7 @@ def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list
     return [
         Picture(
             "A digit on its way to noise",
-            "x_t = √α̅_t x₀ + √(1−α̅_t) ε. The image fades while the noise comes up, and the variance stays what it was.",
+            "x_t = √α̅_t x₀ + √(1−α̅_t) ε. The image fades while the noise comes up.",
             figures.strip(columns, "forward process"),
             wide=True,
         ),
@@ -135,7 +135,7 @@ def stage_chart(shares: StageShares, fresh_noise: bool) -> Picture:
     after = "what is handed on, fresh noise included" if fresh_noise else "what is handed on"
     first = f"The first stage makes {shares.change[0]:.1%} of all the change"
     caption = (
-        f"{first}, and leaves a diversity of {shares.diversity[0]:.3g}; the last leaves {shares.diversity[-1]:.3g} ({after})."
+        f"{first}, and leaves a diversity of {shares.diversity[0]:.2f}; the last leaves {shares.diversity[-1]:.2f} ({after})."
     )
     return Picture("What each stage does", caption, figures.svg(figure))
 
@@ -169,7 +169,23 @@ def reconstructions(vae: Any, images: torch.Tensor) -> Picture:
     error = (rebuilt.float().cpu() - images).square().mean().sqrt().item() / 2
     pairs = torch.cat([to_unit(images), to_unit(rebuilt)])
     caption = f"Held-out digits above, what their codes decode to below: root-mean-square error {error:.3f} of the grey range."
-    return Picture("Reconstructions", caption, figures.grid(pairs, len(images), "reconstructions"), wide=True)
+    return Picture("Reconstructions", caption, figures.grid(pairs, len(images), "reconstructions"))
+
+
+def nearest(samples: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor, shown: int = 8) -> Picture:
+    """Samples above the training images nearest to them. All (N, C, H, W) in [0, 1]."""
+
+    def distances(images: torch.Tensor) -> torch.Tensor:
+        return torch.cdist(images.flatten(1), train.flatten(1))
+
+    closest = distances(samples[:shown]).argmin(1)
+    of_samples, of_held_out = (distances(images).amin(1).median().item() for images in (samples, held_out))
+    caption = (
+        f"Samples above, the training digit nearest to each below. The median distance is {of_samples:.2f}; held-out digits, which "
+        f"no model has seen, are {of_held_out:.2f} away. Copies would be at 0."
+    )
+    pairs = torch.cat([samples[:shown], train[closest]])
+    return Picture("New digits, or copies?", caption, figures.grid(pairs, shown, "samples and their nearest training digits"))
 
 
 def same_decoder(prior: torch.Tensor, diffused: torch.Tensor) -> list[Picture]:
