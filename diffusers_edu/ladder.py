@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.utils.logging import disable_progress_bar
 
 from .evaluation import claims, figures, pictures
 from .evaluation.metrics import Estimate, frechet_distance, measure
@@ -123,7 +124,7 @@ def train_and_measure(config: TrainingConfig, held_out: ImageData, num_samples: 
     start = time.perf_counter()
     train_rung(config)
     train_seconds = time.perf_counter() - start
-    pipeline = DiffusionPipeline.from_pretrained(config.output_dir)
+    pipeline = load(config.output_dir)
     steps = RUNGS[config.rung].num_inference_steps
     start = time.perf_counter()
     samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
@@ -147,12 +148,18 @@ def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, s
     if not (run / "model_index.json").exists():
         raise UsageError(f"{run} holds no pipeline: its training has not ended")
     train, held_out = load_data(config)
-    pipeline = DiffusionPipeline.from_pretrained(str(run))
+    pipeline = load(str(run))
     steps = RUNGS[config.rung].num_inference_steps
     samples = sample(pipeline, num_samples, seed, **steps_argument(steps and (num_inference_steps or steps)))
     for name, images in (("samples", samples), ("floor", train.images)):
         figures_of_it = measure(images.flatten(1), held_out.images.flatten(1), seed)
         print(json.dumps({name: {key: estimate.as_json() for key, estimate in figures_of_it.items()}}))
+
+
+def load(folder: str) -> Any:
+    """A saved pipeline, without a progress bar for the few files it has."""
+    disable_progress_bar()
+    return DiffusionPipeline.from_pretrained(folder)
 
 
 def steps_argument(steps: int | None) -> dict[str, int]:

@@ -4,6 +4,7 @@ Pixels in [0, 1] are features good enough for small grey images; larger images w
 figure means little without its floor: the same figure for the training images themselves, against the held-out ones.
 """
 
+import warnings
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -87,7 +88,9 @@ def kernel_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 
     interval is +- 1.96 standard deviations of the subsets' values, wider than the mean's own.
     """
     size = min(len(samples), len(reference)) // 2
-    metric = KernelInceptionDistance(Features(samples.shape[1]), subsets=subsets, subset_size=size)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that all features are kept in memory, where they are already
+        metric = KernelInceptionDistance(Features(samples.shape[1]), subsets=subsets, subset_size=size)
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)
     with torch.random.fork_rng(devices=[]):

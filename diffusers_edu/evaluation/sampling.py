@@ -1,5 +1,6 @@
 """Samples of any pipeline, and a record of the way to them."""
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,6 +65,7 @@ def recorded_steps(scheduler: Any, steps: list[Step]) -> Iterator[None]:
     """Note what `scheduler.step` returns, for pipelines that have no callback."""
     step = scheduler.step
 
+    @functools.wraps(step)  # pipelines look at the signature to see whether a generator is taken
     def recording(model_output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
         output = step(model_output, timestep, *args, **kwargs)
         prev_sample = output[0] if isinstance(output, tuple) else output.prev_sample

@@ -73,7 +73,10 @@ class TrainingLog:
             if not math.isfinite(named["loss"]):
                 self.pending = []
                 self._write(lines)
-                raise FloatingPointError(f"the loss is {named['loss']} at step {facts['step']}")
+                raise FloatingPointError(
+                    f"the loss is {named['loss']} at step {facts['step']}: stopped, and earlier checkpoints are kept; "
+                    "a lower --learning_rate or a longer --lr_warmup_steps may help"
+                )
             self.last = {"step": facts["step"], **named, **facts}
             if facts["step"] % self.every == 0:
                 lines.append(self.last)
