@@ -145,7 +145,7 @@ RUNGS: dict[str, Rung] = {
         change="Fresh noise enters before every stage, in training and in sampling.",
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=True),
         objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
-        defaults=dict(max_train_steps=800, train_batch_size=64, learning_rate=2e-3),
+        defaults=dict(max_train_steps=1000, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=10,
     ),
     "vae": Rung(
