@@ -89,11 +89,14 @@ def loss_curve(losses: list[tuple[int, float]], name: str) -> Markup:
     figure, axes = chart(f"training loss of {name} over {len(values)} steps, from {smooth[0]:.3g} to {smooth[-1]:.3g}")
     axes.plot(steps, values, color=QUIET, linewidth=0.5, alpha=0.5)
     axes.plot(steps, smooth, color=ACCENT, linewidth=1.6)
-    if values.min() > 0:
+    if values.min() > 0 and values.max() > 10 * values.min():
         axes.set_yscale("log")
         axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%.3g"))
         axes.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         axes.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    else:
+        # A first step far above the rest would press the curve flat.
+        axes.set_ylim(values.min() - 0.05 * np.ptp(smooth), np.quantile(values, 0.99) + 0.1 * np.ptp(smooth))
     axes.set(xlabel="optimiser step", ylabel="loss")
     return svg(figure)
 
