@@ -18,7 +18,7 @@ from .evaluation.sampling import Step, decode, initial_noise, sample, trace
 from .rungs import RUNGS, configuration, train_rung
 from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError
 from .training.data import ImageData, load_data
-from .training.trainer import LOG_NAME, read_log
+from .training.log import LOG_NAME, read_log
 
 SHOWN = 32  # samples of each rung on the page
 WALKS = (0, 6, 3, 8, 4, 9, 1, 7)  # the digits between which the walks in latent space lead, in pairs

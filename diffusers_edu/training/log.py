@@ -1,0 +1,89 @@
+"""`log.jsonl`: what every optimiser step gave, written as it comes."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+LOG_NAME = "log.jsonl"
+
+
+class TrainingLog:
+    """`log.jsonl`: one object for each optimiser step. Losses stay on their device until they are written together.
+
+    Args:
+        path: of the file; lines of steps after `start_step` are dropped, as a resumed run takes them again.
+        every: steps between lines.
+        accelerator: averages over the processes.
+        start_step: the steps that an earlier run has done.
+    """
+
+    def __init__(self, path: Path, every: int, accelerator: Accelerator, start_step: int):
+        self.path, self.every, self.accelerator = path, every, accelerator
+        # On a CPU reading a loss is free; elsewhere it waits for the device.
+        self.capacity = 1 if accelerator.device.type == "cpu" else 50
+        self.pending: list[tuple[dict[str, float], dict[str, torch.Tensor]]] = []
+        self.seconds_before = 0.0
+        self.last: dict[str, float] = {}
+        kept = [line for line in read_log(path) if line["step"] <= start_step] if start_step else []
+        if kept:
+            self.seconds_before = kept[-1]["seconds"]
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        self.start = time.perf_counter()
+
+    def add(self, step: int, learning_rate: float, values: dict[str, torch.Tensor]) -> None:
+        """Note the values of a step; write them when enough have come together."""
+        seconds = self.seconds_before + time.perf_counter() - self.start
+        facts = {"step": step, "seconds": round(seconds, 4), "learning_rate": learning_rate}
+        self.pending.append((facts, values))
+        if len(self.pending) >= self.capacity:
+            self.flush()
+
+    def flush(self) -> None:
+        """Average over the processes and write.
+
+        Raises:
+            FloatingPointError: a loss that is not finite; the message names the step.
+        """
+        if not self.pending:
+            return
+        stacked = torch.stack([torch.stack([v.detach().float() for v in values.values()]) for _, values in self.pending])
+        averaged = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        lines: list[dict[str, float]] = []
+        for (facts, values), row in zip(self.pending, averaged, strict=True):
+            named = dict(zip(values, row, strict=True))
+            if not math.isfinite(named["loss"]):
+                self.pending = []
+                self._write(lines)
+                raise FloatingPointError(
+                    f"the loss is {named['loss']} at step {facts['step']}: stopped, and earlier checkpoints are kept; "
+                    "a lower --learning_rate or a longer --lr_warmup_steps may help"
+                )
+            self.last = {"step": facts["step"], **named, **facts}
+            if facts["step"] % self.every == 0:
+                lines.append(self.last)
+        self.pending = []
+        self._write(lines)
+
+    def _write(self, lines: list[dict[str, float]]) -> None:
+        if lines and self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.writelines(json.dumps(line) + "\n" for line in lines)
+        for line in lines:
+            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+
+
+def read_log(path: Path) -> list[dict[str, float]]:
+    """The lines of a log, without a last one that was cut off in writing."""
+    lines: list[dict[str, float]] = []
+    for text in path.read_text().splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return lines
