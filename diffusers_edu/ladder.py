@@ -22,6 +22,7 @@ from .training.log import LOG_NAME, read_log
 
 SHOWN = 32  # samples of each rung on the page
 WALKS = (0, 6, 3, 8, 4, 9, 1, 7)  # the digits between which the walks in latent space lead, in pairs
+FEWEST = 10  # samples that figures can be made of
 TRACED = 250  # samples followed through the stages of a stack
 
 
@@ -86,7 +87,7 @@ def climb(output: Path, num_samples: int = 1000, seed: int = 0, max_train_steps:
     configs = {
         name: configuration(name, dataset_name="digits", output_dir=str(output / name), seed=seed, **changes) for name in RUNGS
     }
-    configs["latent_diffusion"] = replace(configs["latent_diffusion"], vae_path=configs["vae"].output_dir)
+    configs["latent_diffusion"] = replace(configs["latent_diffusion"], vae_path=str((output / "vae").resolve()))
     for config in configs.values():
         config.check_folder()  # all of them before the first is trained
 
@@ -140,6 +141,8 @@ def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, s
     Raises:
         UsageError: the folder holds no run.
     """
+    if num_samples < FEWEST:
+        raise UsageError(f"--num_samples {num_samples}: at least {FEWEST} are needed")
     try:
         saved = json.loads((run / CONFIG_NAME).read_text())
         config = TrainingConfig(**saved)
@@ -150,16 +153,20 @@ def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, s
     train, held_out = load_data(config)
     pipeline = load(str(run))
     steps = RUNGS[config.rung].num_inference_steps
-    samples = sample(pipeline, num_samples, seed, **steps_argument(steps and (num_inference_steps or steps)))
+    steps = steps and (num_inference_steps or steps)
+    if steps and not 1 <= steps <= (len(pipeline.scheduler) if "scheduler" in pipeline.components else steps):
+        raise UsageError(f"--num_inference_steps {steps}: this pipeline takes 1 to {len(pipeline.scheduler)}")
+    samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
     for name, images in (("samples", samples), ("floor", train.images)):
         figures_of_it = measure(images.flatten(1), held_out.images.flatten(1), seed)
         print(json.dumps({name: {key: estimate.as_json() for key, estimate in figures_of_it.items()}}))
 
 
 def load(folder: str) -> Any:
-    """A saved pipeline, without a progress bar for the few files it has."""
+    """A saved pipeline, on the accelerator where there is one; without a progress bar for the few files it has."""
     disable_progress_bar()
-    return DiffusionPipeline.from_pretrained(folder)
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    return DiffusionPipeline.from_pretrained(folder).to(device)
 
 
 def steps_argument(steps: int | None) -> dict[str, int]:
@@ -255,7 +262,8 @@ def tell_noisy(rung: Measured, ladder: Ladder) -> Story:
 @torch.no_grad()
 def tell_vae(rung: Measured, ladder: Ladder) -> Story:
     vae, held_out = rung.pipeline.vae, ladder.held_out
-    codes = vae.encode(signed(ladder.train, len(ladder.train))).latent_dist.sample(torch.Generator().manual_seed(ladder.seed))
+    train = signed(ladder.train, len(ladder.train)).to(vae.device)
+    codes = vae.encode(train).latent_dist.sample(torch.Generator().manual_seed(ladder.seed))
     of_codes = frechet_distance(decode(vae, codes).flatten(1), held_out.images.flatten(1), ladder.seed)
     sharp = claims.sharpness(rung.samples, held_out.images)
     verdict = claims.judge_vae(rung.metrics, ladder.rungs["noisy_stacked_dae"].metrics, of_codes.value, sharp)

@@ -7,6 +7,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from huggingface_hub import get_token
 
 from .models.modeling_stacked_dae import StackedDenoisingAutoencoder
 from .models.modeling_vae import VariationalAutoencoder
@@ -116,11 +117,13 @@ def load_vae(path: str | None) -> Any:
         UsageError: there is none.
     """
     try:
-        if (Path(str(path)) / "model_index.json").exists():
-            return AutoModel.from_pretrained(path, subfolder="vae")
-        return AutoModel.from_pretrained(path)
+        in_pipeline = (Path(str(path)) / "model_index.json").exists()
+        vae = AutoModel.from_pretrained(path, **({"subfolder": "vae"} if in_pipeline else {}))
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--vae_path {path}: there is no VAE that can be loaded") from error
+    if not (hasattr(vae, "encode") and hasattr(vae, "decode") and {"latent_channels", "scaling_factor"} <= set(vae.config)):
+        raise UsageError(f"--vae_path {path}: {type(vae).__name__} has not the interface of AutoencoderKL")
+    return vae
 
 
 RUNGS: dict[str, Rung] = {
@@ -134,7 +137,8 @@ RUNGS: dict[str, Rung] = {
     ),
     "stacked_dae": Rung(
         title="Stacked denoising autoencoders",
-        change="The noise comes in increments, with one encoder-decoder for each; an image is handed from stage to stage.",
+        change="The work is split over ten encoder-decoders, one for each level of noise; each is trained on what the one before it "
+        "returned, and an image is handed down from stage to stage.",
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=False),
         objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
         defaults=dict(max_train_steps=300, train_batch_size=64, learning_rate=2e-3),
@@ -150,7 +154,8 @@ RUNGS: dict[str, Rung] = {
     ),
     "vae": Rung(
         title="Variational autoencoder",
-        change="The code itself is random, and known: a KL term pulls it to N(0, I), so that codes can be drawn without an image.",
+        change="The code itself is random, and known: a KL term pulls it to N(0, I), so that codes can be drawn without an image. (Its "
+        "weight here is a fifth of the evidence lower bound's: sharper images, more holes in the prior.)",
         build=build_vae,
         objective=lambda pipeline, config: VariationalObjective(pipeline.vae, config.kl_weight),
         # Less than the bound's weight of 1: sharper images, more holes; the latent rung fills the holes.
@@ -172,7 +177,7 @@ RUNGS: dict[str, Rung] = {
         objective=lambda pipeline, config: DiffusionObjective(
             pipeline.unet, pipeline.scheduler, pipeline.vae, config.label_dropout
         ),
-        defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3),
+        defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3, kl_weight=0.2),
         num_inference_steps=50,
     ),
 }
@@ -187,6 +192,8 @@ def configuration(rung: str, **changes: Any) -> TrainingConfig:
     if rung not in RUNGS:
         raise UsageError(f"--rung {rung}: choose from {', '.join(RUNGS)}")
     config = TrainingConfig(rung=rung, **{**RUNGS[rung].defaults, **changes})
+    if config.vae_path is not None and Path(config.vae_path).exists():
+        config.vae_path = str(Path(config.vae_path).resolve())  # the same folder, wherever the command is given
     config.validate()
     return config
 
@@ -194,17 +201,15 @@ def configuration(rung: str, **changes: Any) -> TrainingConfig:
 def train_rung(config: TrainingConfig) -> Any:
     """Train a rung and save its pipeline in `config.output_dir`; return the pipeline.
 
-    `latent_diffusion` without a `vae_path` trains its VAE first, for as many steps, in the folder `vae_rung` of its own.
+    `latent_diffusion` without a `vae_path` trains its VAE first, for as many steps, in the folder `vae_rung` of its own; one that
+    is there already is used.
     """
+    config.check_folder()
+    if config.push_to_hub and get_token() is None:
+        raise UsageError("--push_to_hub: you are not logged in; run 'hf auth login' or set HF_TOKEN")
+    build_config = config
     if config.rung == "latent_diffusion" and config.vae_path is None:
-        shared = (
-            *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution", "posterior", "seed"),
-            *("max_train_steps", "train_batch_size", "mixed_precision", "dataloader_num_workers", "resume_from_checkpoint"),
-        )
-        chosen = {name: getattr(config, name) for name in shared}
-        first = configuration("vae", output_dir=str(Path(config.output_dir) / "vae_rung"), **chosen)
-        train_rung(first)
-        config = replace(config, vae_path=first.output_dir)
+        build_config = replace(config, vae_path=train_own_vae(config))
 
     rung = RUNGS[config.rung]
     accelerator = make_accelerator(config)
@@ -212,7 +217,7 @@ def train_rung(config: TrainingConfig) -> Any:
         data, _ = load_data(config)
     set_seed(config.seed)
     try:
-        pipeline = rung.build(config, data)
+        pipeline = rung.build(build_config, data)
     except UsageError:
         raise
     except ValueError as error:
@@ -220,5 +225,26 @@ def train_rung(config: TrainingConfig) -> Any:
     pipeline.set_progress_bar_config(disable=True)
     train(pipeline, rung.objective(pipeline, config), data, config, accelerator)
     if config.push_to_hub and accelerator.is_main_process:
-        pipeline.push_to_hub(config.hub_model_id or Path(config.output_dir).name)
+        try:
+            pipeline.push_to_hub(config.hub_model_id or Path(config.output_dir).name)
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UsageError(f"{config.output_dir} is trained and saved, but could not be uploaded: {reason}") from error
     return pipeline
+
+
+def train_own_vae(config: TrainingConfig) -> str:
+    """Train the VAE of a latent rung, unless that has been done; return its folder."""
+    shared = (
+        *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution", "posterior", "kl_weight"),
+        *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision"),
+        *("dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"),
+    )
+    chosen = {name: getattr(config, name) for name in shared}
+    resume = "latest" if config.resume_from_checkpoint else None
+    folder = str(Path(config.output_dir) / "vae_rung")
+    vae_config = configuration("vae", output_dir=folder, resume_from_checkpoint=resume, **chosen)
+    vae_config.check_folder()
+    if not (Path(folder) / "model_index.json").exists():
+        train_rung(vae_config)
+    return folder

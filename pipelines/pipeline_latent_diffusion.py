@@ -71,13 +71,13 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; this model takes {shape}")
-        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma  # which may depend on the timesteps
         labels = self.prepare_labels(class_labels, batch_size, device)
         guided = class_labels is not None and guidance_scale != 1.0
         if guided:
             labels = torch.cat([torch.full_like(labels, self.unet.config.num_class_embeds - 1), labels])
 
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
         extra = self.prepare_extra_step_kwargs(generator)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
@@ -87,7 +87,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
                 output = unconditional + guidance_scale * (conditional - unconditional)
             latents = self.scheduler.step(output, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:
-                latents = (callback_on_step_end(self, i, t, {"latents": latents}) or {}).get("latents", latents)
+                seen = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
+                latents = (callback_on_step_end(self, i, t, seen) or {}).get("latents", latents)
 
         if output_type == "latent":
             images = latents

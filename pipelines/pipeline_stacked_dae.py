@@ -68,7 +68,8 @@ class StackedDAEPipeline(DiffusionPipeline):
             if following > 0 and config.fresh_noise:
                 image = self.model.corrupt(image, draw(), following)
             if callback_on_step_end is not None:
-                image = (callback_on_step_end(self, i, level, {"latents": image}) or {}).get("latents", image)
+                seen = dict.fromkeys(callback_on_step_end_tensor_inputs, image)
+                image = (callback_on_step_end(self, i, level, seen) or {}).get("latents", image)
 
         images = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()

@@ -4,4 +4,6 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 source scripts/environment.sh
 install_project
-exec diffusers-edu ladder "${@:-runs/ladder}"
+[ $# -gt 0 ] || set -- runs/ladder
+cd "$OLDPWD"  # OUT is the caller's
+exec diffusers-edu ladder "$@"

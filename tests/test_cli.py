@@ -35,6 +35,9 @@ def train_refused(capsys, tmp_path, *arguments: str) -> str:
         (["--rung", "vae", "--dataset_name", "digits", "--max_train_steps", "0"], "--max_train_steps 0"),
         (["--rung", "vae", "--dataset_name", "digits", "--learning_rate", "-1"], "--learning_rate -1"),
         (["--rung", "vae", "--dataset_name", "digits", "--no_such_flag", "1"], "--no_such_flag"),
+        (["--rung"], "--rung"),
+        (["--rung", "vae", "--dataset_name", "digits", "--seed", "4294967296"], "--seed 4294967296"),
+        (["--rung", "vae", "--dataset_name", "digits", "--adam_beta1", "1.5"], "--adam_beta1 1.5"),
         (["--rung", "vae"], "--dataset_name and --train_data_dir"),
         (["--rung", "vae", "--train_data_dir", "nowhere"], "no such folder"),
         (["--rung", "vae", "--dataset_name", "digits", "--resolution", "16"], "8x8"),
@@ -86,6 +89,21 @@ def test_a_folder_that_cannot_be_written_is_named(capsys, tmp_path):
         capsys, "train", "--rung", "dae", "--dataset_name", "digits", "--output_dir", str(tmp_path / "file" / "run")
     )
     assert str(tmp_path / "file") in message
+
+
+def test_a_model_that_is_no_vae_is_refused(capsys, tmp_path):
+    from diffusers import UNet2DModel
+
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",)}
+    UNet2DModel(8, 1, 1, block_out_channels=(8,), norm_num_groups=4, **blocks).save_pretrained(tmp_path / "unet")
+    flags = ["--rung", "latent_diffusion", "--dataset_name", "digits", "--vae_path", str(tmp_path / "unet")]
+    assert "UNet2DModel has not the interface" in train_refused(capsys, tmp_path, *flags)
+
+
+def test_uploading_without_a_login_is_refused_before_training(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("diffusers_edu.rungs.get_token", lambda: None)
+    assert "logged in" in train_refused(capsys, tmp_path, "--rung", "dae", "--dataset_name", "digits", "--push_to_hub")
 
 
 def test_evaluate_refuses_a_folder_without_a_run(capsys, tmp_path):

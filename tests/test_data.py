@@ -234,3 +234,12 @@ def test_a_column_that_holds_no_images_is_refused(tmp_path):
     assert "caption, size" in refusal(tmp_path)
     assert "caption, size" in refusal(tmp_path, image_column="picture")
     assert "--image_column size" in refusal(tmp_path, image_column="size")
+
+
+def test_16_bit_grey_keeps_its_intensity_and_floating_point_is_refused(tmp_path):
+    for level in (0, 257, 32896, 65535):
+        Image.fromarray(np.full((8, 8), level, dtype=np.uint16)).save(tmp_path / f"{level:05}.png")
+    both = load(tmp_path)
+    assert sorted({int(value) for part in both for value in part.pixels.unique()}) == [0, 1, 128, 255]
+    Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "half.tiff")
+    assert "half.tiff" in refusal(tmp_path)

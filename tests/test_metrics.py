@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusers_edu.evaluation.claims import sharpness
-from diffusers_edu.evaluation.metrics import diversity, frechet_distance, kernel_distance, measure, precision_recall
+from diffusers_edu.evaluation.metrics import Features, diversity, frechet_distance, kernel_distance, measure, precision_recall
 from diffusers_edu.training.data import load_digits
 
 
@@ -20,6 +21,15 @@ def test_frechet_distance_is_its_formula():
     difference = (x.mean(0) - y.mean(0)).square().sum().item()
     expected = difference + np.trace(a + b - 2 * sqrtm(a @ b).real)
     assert frechet_distance(x, y).value == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("d", [16, 300])  # fewer and more features than images
+def test_frechet_distance_is_that_of_torchmetrics(d):
+    x, y = normal(120, d, scale=1.5), normal(90, d, seed=1, shift=0.3)
+    metric = FrechetInceptionDistance(Features(d))
+    metric.update(x, real=False)
+    metric.update(y, real=True)
+    assert frechet_distance(x, y, resamples=2).value == pytest.approx(metric.compute().item(), rel=1e-4)
 
 
 def test_frechet_distance_of_gaussians_is_near_the_closed_form_and_its_interval_is_as_wide_as_its_spread():

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, UNet2DModel
+from diffusers import AutoencoderKL, DDPMPipeline, DiffusionPipeline, EulerDiscreteScheduler, UNet2DModel
 
 from diffusers_edu import (
     EduDDPMScheduler,
@@ -269,3 +269,33 @@ def test_labels_that_do_not_fit_are_refused(labels, message):
 def test_labels_for_a_model_without_classes_are_refused():
     with pytest.raises(ValueError, match="trained without"):
         sample(build("latent"), class_labels=0)
+
+
+def test_a_call_does_not_depend_on_the_call_before_whatever_the_scheduler(tmp_path):
+    """Euler's initial sigma depends on its timesteps; a saved configuration brings the spacing with it."""
+    EduDDPMScheduler().save_pretrained(tmp_path)
+    saved = EduDDPMScheduler.from_pretrained(tmp_path)
+    pipeline = make_latent()
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(saved.config)
+    first, second = (
+        pipeline(2, num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="latent").images
+        for _ in range(2)
+    )
+    assert (first - second).abs().max() == 0
+
+
+@pytest.mark.parametrize("method", ["encode", "decode"])
+def test_offloading_hooks_fire_on_the_vae(method):
+    from accelerate.hooks import ModelHook, add_hook_to_module
+
+    class Hook(ModelHook):
+        fired = False
+
+        def pre_forward(self, module, *args, **kwargs):
+            self.fired = True
+            return args, kwargs
+
+    vae, hook = VariationalAutoencoder(), Hook()
+    add_hook_to_module(vae, hook)
+    getattr(vae, method)(torch.zeros(1, *((1, 8, 8) if method == "encode" else vae.latent_shape)))
+    assert hook.fired

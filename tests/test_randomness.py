@@ -81,3 +81,10 @@ def test_a_batch_may_be_bigger_than_the_data():
     assert [len(batch) for batch in seen] == [8, 8, 8]
     flat = sum(seen, [])
     assert all(sorted(flat[i : i + 3]) == [0, 1, 2] for i in range(0, 24, 3))
+
+
+def test_stratified_draws_stay_below_one_whatever_is_drawn(monkeypatch):
+    monkeypatch.setattr(torch, "rand", lambda n, **kwargs: torch.full((n,), 1 - 2**-53, dtype=torch.float64))
+    drawn = StepNoise(0, 0, range(1024), 1024).stratified_uniform()
+    assert drawn.max() < 1
+    assert (drawn * 1000).long().max() == 999

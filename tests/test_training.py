@@ -115,7 +115,7 @@ def test_bf16_keeps_weights_and_losses_in_float32(tmp_path):
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     run(tmp_path, checkpointing_steps=1, checkpoints_total_limit=2)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-5", "checkpoint-6"]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_checkpoint(tmp_path, monkeypatch):
@@ -142,6 +142,32 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_was(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+def test_a_new_start_leaves_no_checkpoints_of_the_old_one(tmp_path):
+    run(tmp_path, checkpointing_steps=2)
+    torch.save({}, tmp_path / "checkpoint-6" / "of_the_old_run")
+    run(tmp_path, checkpointing_steps=3)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
+    assert not (tmp_path / "checkpoint-6" / "of_the_old_run").exists()
+
+
+def test_a_finished_run_resumed_is_left_as_it_is_and_can_be_made_longer(tmp_path):
+    run(tmp_path)
+    before = weights(tmp_path)
+    run(tmp_path, resume_from_checkpoint="latest")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+    run(tmp_path, resume_from_checkpoint="latest", max_train_steps=8)
+    assert [line["step"] for line in log(tmp_path)] == list(range(1, 9))
+    with pytest.raises(UsageError, match="beyond --max_train_steps 4"):
+        run(tmp_path, resume_from_checkpoint="latest", max_train_steps=4)
+    with pytest.raises(UsageError, match="max_train_steps 8 -> 9"):
+        run(tmp_path, max_train_steps=9)
+
+
+def test_the_logged_learning_rate_is_the_one_the_step_took(tmp_path):
+    run(tmp_path, learning_rate=1e-3, lr_warmup_steps=4, lr_scheduler="constant_with_warmup")
+    assert [line["learning_rate"] for line in log(tmp_path)] == pytest.approx([0, 2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
 def test_a_checkpoint_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(UsageError, match="no such checkpoint"):
         run(tmp_path, resume_from_checkpoint="checkpoint-3")
@@ -160,6 +186,9 @@ def test_latent_diffusion_trains_its_own_vae_where_none_is_given_and_takes_label
     assert (tmp_path / "vae_rung" / "model_index.json").exists()
     trained = weights(tmp_path / "vae_rung")
     assert all(torch.equal(tensor, trained[name]) for name, tensor in weights(tmp_path).items())
+    made = (tmp_path / "vae_rung" / "log.jsonl").stat().st_mtime_ns
+    run(tmp_path, rung="latent_diffusion", max_train_steps=2, class_conditional=True, resume_from_checkpoint="latest")
+    assert (tmp_path / "vae_rung" / "log.jsonl").stat().st_mtime_ns == made
 
 
 @pytest.mark.parametrize("rung", RUNGS)

@@ -3,7 +3,8 @@
     corruption   x_k = x_0 + sigma_k epsilon,    sigma_0 = 0 < sigma_1 < ... < sigma_K       (x_K is noise to the eye)
     stage k      D_k(x_k) = the clean image, as far as it can be told from x_k
 
-Trained by squared error, stage k learns E[x_0 | x_k] (Vincent et al. 2008, https://doi.org/10.1145/1390156.1390294). With one
+Trained by squared error on x_k, stage k learns E[x_0 | x_k] (Vincent et al. 2008, https://doi.org/10.1145/1390156.1390294). Without
+fresh noise only the first stage, K, sees an x_k; each other one is trained on what the stage before it returned. With one
 stage it is the classical denoising autoencoder, asked to remove all the noise at once.
 """
 

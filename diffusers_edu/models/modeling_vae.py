@@ -15,6 +15,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 
@@ -22,7 +23,8 @@ from torch import nn
 class GaussianPosterior:
     """q(z | x) = N(mu, L L^T) for each image of a batch, L lower triangular with a positive diagonal.
 
-    It has the interface of diffusers' `DiagonalGaussianDistribution` and a covariance that may be full.
+    It is used as diffusers' `DiagonalGaussianDistribution` is (`sample`, `mode`, `mean`, `std`, `var`, `kl`), and its covariance may
+    be full.
 
     Args:
         mean: mu, shape (B, C, H, W).
@@ -77,8 +79,9 @@ class GaussianPosterior:
 
         Kingma and Welling 2014, appendix B, for any L.
         """
-        mean, log_std, var = (value.float().flatten(1) for value in (self.mean, self.log_std, self.var))
-        return 0.5 * (mean.square() + var - 1).sum(1) - log_std.sum(1)
+        lower = None if self.lower is None else self.lower.float()
+        exact = GaussianPosterior(self.mean.float(), self.log_std.float(), lower)  # before any product, not after
+        return 0.5 * (exact.mean.square() + exact.var - 1).flatten(1).sum(1) - exact.log_std.flatten(1).sum(1)
 
     def log_prob(self, z: torch.Tensor) -> torch.Tensor:
         """log q(z | x) in nats, for z of the mean's shape; float32 of shape (B,)."""
@@ -194,6 +197,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         # it ends on images in [-1, 1]: a wide start weighs the KL term so much that the code is given up.
         self.log_sigma_x = nn.Parameter(torch.full((1,), -1.5))
 
+    @apply_forward_hook
     def encode(self, x: torch.Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[GaussianPosterior]:
         """q(z | x) of images x in [-1, 1], shape (B, in_channels, H, W), as `.latent_dist`, a [`GaussianPosterior`]."""
         features = self.encoder(x)
@@ -207,6 +211,7 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         posterior = GaussianPosterior(mean, log_std, lower)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def decode(
         self, z: torch.Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> VAEDecoderOutput | tuple[torch.Tensor]:

@@ -175,7 +175,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         # 1 - alpha_bar_t cancels near the data: float64 here, whatever the sample's dtype later.
         self._alpha_bar = torch.cumprod(1.0 - self.betas.double(), dim=0)
-        self._forward_table = torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()])
+        self._tables = {"forward": torch.stack([self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()])}
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._set_grid(torch.arange(len(self.betas) - 1, -1, -1))
@@ -195,7 +195,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         Returns: x_t, shape and dtype of x_0.
         """
-        signal, sigma = _look_up(self._forward_table, timesteps, original_samples)
+        signal, sigma = self._look_up("forward", timesteps, original_samples)
         x_0, epsilon = _upcast(original_samples), _upcast(noise)
         return (signal * x_0 + sigma * epsilon).to(original_samples.dtype)
 
@@ -204,7 +204,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         Args and shapes as in `add_noise`; `sample` is x_0. Returns: v_t, shape and dtype of x_0.
         """
-        signal, sigma = _look_up(self._forward_table, timesteps, sample)
+        signal, sigma = self._look_up("forward", timesteps, sample)
         x_0, epsilon = _upcast(sample), _upcast(noise)
         return (signal * epsilon - sigma * x_0).to(sample.dtype)
 
@@ -261,7 +261,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         every_t = torch.arange(len(self.betas))
         index = torch.searchsorted(grid.flip(0).contiguous(), every_t) - 1
         self._previous = torch.where(index >= 0, grid.flip(0)[index], -1)
-        self._reverse_table = self._make_reverse_table(self._previous)
+        self._tables["reverse"] = self._make_reverse_table(self._previous)
+        self._copies: dict[tuple, torch.Tensor] = {}  # of the tables, by device and dtype
 
     def _make_reverse_table(self, s: torch.Tensor) -> torch.Tensor:
         """The coefficients of one reverse step from every t to its s: float64, shape (4, T), rows as in `posterior`."""
@@ -296,7 +297,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: `epsilon` where alpha_bar_t is 0 (zero terminal SNR): noise alone says nothing of the image. Timesteps
                 of shape (B,) on an accelerator are not checked.
         """
-        signal, sigma = _look_up(self._forward_table, timestep, sample)
+        signal, sigma = self._look_up("forward", timestep, sample)
         x_t, output = _upcast(sample), _upcast(model_output)
         if self.config.prediction_type == "sample":
             return output
@@ -339,7 +340,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"model_output has shape {tuple(model_output.shape)}, the sample {tuple(sample.shape)}")
 
         x_0 = self._bound(self.predict_original_sample(model_output, timestep, sample))
-        a, b, beta_tilde, beta = _look_up(self._reverse_table, timestep, sample)
+        a, b, beta_tilde, beta = self._look_up("reverse", timestep, sample)
         x_s = a * x_0 + b * _upcast(sample)
 
         # At t = 0 the stock class draws nothing: the same generator must go on to the same numbers after it.
@@ -370,6 +371,17 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         )
         return torch.where(last, 0.0, torch.exp(share * log_large + (1 - share) * log_small))
 
+    def _look_up(self, process: str, timestep: int | torch.Tensor, sample: torch.Tensor) -> list:
+        """The coefficients at t: floats for one t on the host, else tensors that broadcast over the sample."""
+        table = self._tables[process]
+        if not isinstance(timestep, torch.Tensor) or _is_host_scalar(timestep):
+            return table[:, int(timestep)].tolist()
+        key = (process, sample.device, torch.promote_types(sample.dtype, torch.float32))
+        if key not in self._copies:
+            self._copies[key] = table.to(*key[1:])
+        columns = self._copies[key][:, timestep.to(sample.device)]
+        return list(columns.reshape(len(table), -1, *[1] * (sample.ndim - 1)))
+
     def _bound(self, x_0: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding (Saharia et al. 2022, section 2.3) or clipping of the predicted image, if either is on."""
         if self.config.thresholding:
@@ -383,15 +395,6 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
 
 def _is_host_scalar(timestep: int | torch.Tensor) -> bool:
     return not isinstance(timestep, torch.Tensor) or (timestep.ndim == 0 and timestep.device.type == "cpu")
-
-
-def _look_up(table: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor) -> list:
-    """The column of a (rows, T) table at t: floats for one t on the host, else tensors that broadcast over the sample."""
-    if not isinstance(timestep, torch.Tensor) or _is_host_scalar(timestep):
-        return table[:, int(timestep)].tolist()
-    dtype = torch.promote_types(sample.dtype, torch.float32)
-    columns = table.to(sample.device, dtype)[:, timestep.to(sample.device)]
-    return list(columns.reshape(len(table), -1, *[1] * (sample.ndim - 1)))
 
 
 def _upcast(x: torch.Tensor) -> torch.Tensor:

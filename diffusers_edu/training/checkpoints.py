@@ -28,13 +28,25 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
     if wanted is None:
         return None
     if wanted == "latest":
-        return next(reversed(checkpoints(Path(config.output_dir))), None)
-    path = Path(wanted) if Path(wanted).is_dir() else Path(config.output_dir) / wanted
+        path = next(reversed(checkpoints(Path(config.output_dir))), None)
+    else:
+        path = Path(wanted) if Path(wanted).is_dir() else Path(config.output_dir) / wanted
+    if path is None:
+        return None
     if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
+        if step_of(path) > config.max_train_steps:
+            raise UsageError(f"{path} lies beyond --max_train_steps {config.max_train_steps}; give more steps")
         return path
     raise UsageError(
         f"--resume_from_checkpoint {wanted}: there is no such checkpoint; give 'latest' or a checkpoint-<step> folder"
     )
+
+
+def discard_later(output: Path, step: int) -> None:
+    """Remove the checkpoints of an earlier attempt from beyond the step that this one starts at."""
+    for path in checkpoints(output):
+        if step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: int | None) -> None:

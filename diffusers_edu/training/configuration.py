@@ -11,7 +11,6 @@ CONFIG_NAME = "training_config.json"
 # What may change between a run and its continuation, because it does not change what is learned.
 OPERATIONAL = {
     "output_dir",
-    "max_train_steps",
     "resume_from_checkpoint",
     "checkpointing_steps",
     "checkpoints_total_limit",
@@ -42,10 +41,12 @@ class TrainingConfig:
     dataset_config_name: str | None = flag(None, "The configuration of that dataset.")
     train_data_dir: str | None = flag(None, "A folder of images (with a folder per class, if any) or of parquet files.")
     image_column: str | None = flag(None, "The column of the images; by default the first one that holds images.")
-    resolution: int | None = flag(None, "Height and width; by default the images' own where all share one, else 64.")
+    resolution: int | None = flag(
+        None, "Height and width; by default the images' own where all share one of at most 64, else 64."
+    )
 
     vae_path: str | None = flag(
-        None, "latent_diffusion: a saved vae run, or any diffusers VAE; by default one is trained first."
+        None, "latent_diffusion: a saved vae run, or a VAE with AutoencoderKL's interface; by default one is trained."
     )
     posterior: Literal["diagonal", "full"] = flag("diagonal", "vae: the covariance of q(z | x).")
     kl_weight: float = flag(1.0, "vae: the weight of the KL term; 1 is the evidence lower bound.")
@@ -105,12 +106,15 @@ class TrainingConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"--{name} {value}: it must be greater than 0")
-        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed"):
+        for name in ("lr_warmup_steps", "dataloader_num_workers", "seed", "adam_weight_decay", "adam_epsilon"):
             if getattr(self, name) < 0:
                 raise UsageError(f"--{name} {getattr(self, name)}: it must be 0 or more")
-        for name in ("label_dropout", "ema_max_decay"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UsageError(f"--{name} {getattr(self, name)}: it must lie between 0 and 1")
+        if self.seed >= 2**32:
+            raise UsageError(f"--seed {self.seed}: it must be less than 2^32")
+        for name in ("label_dropout", "ema_max_decay", "adam_beta1", "adam_beta2"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1 or (value == 1 and name.startswith("adam")):
+                raise UsageError(f"--{name} {value}: it must lie between 0 and 1")
 
     def save(self) -> None:
         """Write the configuration into the output folder.
@@ -136,7 +140,9 @@ class TrainingConfig:
         except (OSError, json.JSONDecodeError) as error:
             raise UsageError(f"{path} cannot be read; move the folder away or choose another --output_dir") from error
         mine = dataclasses.asdict(self)
-        changed = [name for name in mine if name not in OPERATIONAL and saved.get(name) != mine[name]]
+        # A run may be made longer as it goes on, though its learning rate then ends elsewhere.
+        free = OPERATIONAL | ({"max_train_steps"} if self.resume_from_checkpoint else set())
+        changed = [name for name in mine if name not in free and saved.get(name) != mine[name]]
         if changed:
             differences = ", ".join(f"{name} {saved.get(name)} -> {mine[name]}" for name in changed)
             raise UsageError(

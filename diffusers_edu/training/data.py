@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .configuration import TrainingConfig, UsageError
 
-GREY_MODES = {"1", "L", "LA", "I", "I;16", "F"}
+GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
 HELD_OUT_NAMES = ("test", "validation", "valid", "val")
 
 
@@ -147,7 +147,7 @@ def decode(split: Any, config: TrainingConfig) -> ImageData:
         raise UsageError(f"--image_column {column}: that column of {name_of(config)} holds no images") from error
     sizes = {open_image(row, i).size for i, row in enumerate(rows)} if config.resolution is None else set()
     width, height = sizes.pop() if len(sizes) == 1 else (64, 64)
-    resolution = config.resolution or min(width, height)
+    resolution = config.resolution or min(width, height, 64)
 
     arrays = []
     for i, row in enumerate(tqdm(rows, desc="decoding images", leave=False, disable=len(rows) < 1000)):
@@ -194,9 +194,11 @@ def open_image(row: dict[str, Any], index: int) -> Image.Image:
         if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        elif mode in ("I", "I;16", "F"):
+        elif mode in ("I", "I;16", "I;16B", "F"):
             array = np.asarray(image, dtype=np.float64)
-            image = Image.fromarray((array / max(array.max(), 1) * 255).astype(np.uint8))
+            if mode == "F" or array.min() < 0 or array.max() > 65535:
+                raise ValueError("its values are not those of 8 or 16 bits")
+            image = Image.fromarray((array / 257).round().astype(np.uint8))  # 65535 is white
         return image.convert("L" if mode in GREY_MODES else "RGB")
     except (
         UnidentifiedImageError,

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import psutil
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import ProjectConfiguration
 
 from .configuration import TrainingConfig, UsageError
 
-LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.accelerate_cli", "accelerate.commands.launch", "launch.py")
+LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.accelerate_cli", "accelerate.commands.launch")
+LAUNCH_FILE = "accelerate/commands/launch.py"
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -33,6 +34,8 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error).splitlines()[0]) from error
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UsageError(f"{accelerator.distributed_type.value} shards the weights, which this trainer does not support")
     asked_for = processes_asked_for()
     if accelerator.num_processes != asked_for:
         raise UsageError(
@@ -50,9 +53,12 @@ def processes_asked_for() -> int:
     """
     if "WORLD_SIZE" in os.environ:
         return int(os.environ["WORLD_SIZE"])
-    parent = psutil.Process().parent()
-    command = parent.cmdline() if parent is not None else []
-    launcher = next((i for i, word in enumerate(command) if Path(word).name in LAUNCHERS), None)
+    try:
+        parent = psutil.Process().parent()
+        command = parent.cmdline() if parent is not None else []
+    except psutil.Error:  # it has ended, or is not ours to see
+        return 1
+    launcher = next((i for i, word in enumerate(command) if Path(word).name in LAUNCHERS or word.endswith(LAUNCH_FILE)), None)
     if launcher is None:
         return 1
     flags = [word for word in command[launcher + 1 :] if word != "launch"]

@@ -100,7 +100,7 @@ class VariationalObjective:
         count, total, square = 0, 0.0, 0.0
         for batch in batches:
             posterior = self.model.encode(batch["images"]).latent_dist
-            mean, var = posterior.mean.double(), posterior.var.double()
+            mean, var = posterior.mean.cpu().double(), posterior.var.cpu().double()  # not every device has float64
             count += mean.numel()
             total += mean.sum().item()
             square += (mean.square() + var).sum().item()
@@ -109,7 +109,7 @@ class VariationalObjective:
 
 
 class DiffusionObjective:
-    """The simplified bound: squared error of the prediction at a random timestep. Ho et al. 2020, eq. (14).
+    """The simplified bound: squared error of the prediction at a random timestep; for epsilon, Ho et al. 2020, eq. (14).
 
     The target is the scheduler's `prediction_type`. With a `vae`, x_0 is a draw of its latents, scaled to unit variance
     (Rombach et al. 2022). With class labels, some are replaced by the class that stands for none, so that one network learns the
@@ -135,7 +135,7 @@ class DiffusionObjective:
     def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
         x_0 = self.encode(batch["images"], noise)
         epsilon = noise.normal(*x_0.shape[1:])
-        t = (noise.stratified_uniform() * len(self.scheduler)).long()
+        t = (noise.stratified_uniform() * len(self.scheduler)).long().to(x_0.device)
         x_t = self.scheduler.add_noise(x_0, epsilon, t)
         prediction = model(x_t, t, class_labels=self.labels(batch, noise)).sample
         return F.mse_loss(prediction.float(), self.target(x_0, epsilon, t)), {}

@@ -20,8 +20,8 @@ def derived_seed(*address: int | str) -> int:
 class StepNoise:
     """The random numbers of some rows of one optimiser step. Each call draws the next ones.
 
-    Every process draws the numbers of the whole global batch and keeps its rows: the cost is small beside a network's, and
-    no row depends on how the batch is split.
+    Every process draws the numbers of the whole global batch and keeps its rows, so that no row depends on how the batch is
+    split. (One generator for the batch is cheaper than one for each row up to about ten processes.)
 
     Args:
         seed, step: the address of the step.
@@ -43,12 +43,15 @@ class StepNoise:
         return self._keep(torch.rand(self.total, generator=self._generator))
 
     def stratified_uniform(self) -> torch.Tensor:
-        """Draws from U[0, 1), one in each of as many equal bins as there are rows in the global batch; shape (rows,).
+        """Draws from U[0, 1), one in each of as many equal bins as there are rows in the global batch; float64 of shape (rows,), on
+        the host.
 
         Each row is uniform; together they cover the interval evenly, which lowers the variance of a loss over timesteps.
         Kingma et al. 2021 (https://arxiv.org/abs/2107.00630), appendix I.1.
         """
-        return self._keep((torch.arange(self.total) + torch.rand(self.total, generator=self._generator)) / self.total)
+        drawn = torch.rand(self.total, dtype=torch.float64, generator=self._generator)
+        # Rounding can reach 1, which is no timestep's. The result stays on the host: not every device has float64.
+        return ((torch.arange(self.total) + drawn) / self.total).clamp(max=1 - 2**-53)[self.rows.start : self.rows.stop]
 
     def _keep(self, drawn: torch.Tensor) -> torch.Tensor:
         return drawn[self.rows.start : self.rows.stop].to(self.device, non_blocking=True)

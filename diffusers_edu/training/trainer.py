@@ -12,7 +12,7 @@ from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoints import find_checkpoint, save_checkpoint, step_of
+from .checkpoints import discard_later, find_checkpoint, save_checkpoint, step_of
 from .configuration import TrainingConfig
 from .data import ImageData
 from .log import LOG_NAME, TrainingLog
@@ -38,10 +38,12 @@ def train(pipeline: Any, objective: Objective, data: ImageData, config: Training
         FloatingPointError: a loss that is not finite; the checkpoints before it are left as they were.
     """
     output = Path(config.output_dir)
+    checkpoint = find_checkpoint(config)
+    start_step = 0 if checkpoint is None else step_of(checkpoint)
     if accelerator.is_main_process:
         config.save()
+        discard_later(output, start_step)
     accelerator.wait_for_everyone()
-    checkpoint = find_checkpoint(config)
     set_seed(config.seed)
 
     bare_model = objective.model.train()
@@ -51,10 +53,8 @@ def train(pipeline: Any, objective: Objective, data: ImageData, config: Training
     ema = make_ema(bare_model, config)
     accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
 
-    start_step = 0
     if checkpoint is not None:
         accelerator.load_state(str(checkpoint))
-        start_step = step_of(checkpoint)
         if ema:
             ema.to(accelerator.device)
     if config.report_to:
@@ -63,13 +63,13 @@ def train(pipeline: Any, objective: Objective, data: ImageData, config: Training
     steps = optimiser_steps(model, objective, optimizer, lr_scheduler, data, config, accelerator, start_step)
     shown = {"desc": config.rung, "initial": start_step, "total": config.max_train_steps, "mininterval": 0.5}
     bar = tqdm(steps, disable=not accelerator.is_main_process, **shown)
-    for step, values in bar:
+    for step, learning_rate, values in bar:
         if ema:
             ema.step(bare_model.parameters())
-        log.add(step, lr_scheduler.get_last_lr()[0], values)
+        log.add(step, learning_rate, values)
         if bar.format_dict["n"] % 20 == 0 and log.last:
             bar.set_postfix(loss=f"{log.last['loss']:.4f}", refresh=False)
-        if step % config.checkpointing_steps == 0 and step < config.max_train_steps:
+        if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
             log.flush()
             save_checkpoint(accelerator, output, step, config.checkpoints_total_limit)
     log.flush()
@@ -94,8 +94,8 @@ def optimiser_steps(
     config: TrainingConfig,
     accelerator: Accelerator,
     start_step: int,
-) -> Iterator[tuple[int, dict[str, torch.Tensor]]]:
-    """Take optimiser steps, and yield after each its number, from 1, and its loss and terms as scalars on the device."""
+) -> Iterator[tuple[int, float, dict[str, torch.Tensor]]]:
+    """Take optimiser steps; yield after each its number, from 1, its learning rate, and its loss and terms on the device."""
     per_batch = config.train_batch_size * accelerator.num_processes
     total = per_batch * config.gradient_accumulation_steps
     first = accelerator.process_index * config.train_batch_size
@@ -105,7 +105,7 @@ def optimiser_steps(
     loader = DataLoader(
         data,
         batch_sampler=sampler,
-        collate_fn=lambda batch: batch,
+        collate_fn=as_it_is,
         num_workers=workers,
         pin_memory=accelerator.device.type == "cuda",
     )
@@ -124,8 +124,14 @@ def optimiser_steps(
                 optimizer.step()
                 optimizer.zero_grad()
             collected.append({"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}})
+        learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
-        yield step + 1, {name: torch.stack([values[name] for values in collected]).mean() for name in collected[0]}
+        yield step + 1, learning_rate, {name: torch.stack([v[name] for v in collected]).mean() for name in collected[0]}
+
+
+def as_it_is(batch: Any) -> Any:
+    """The collation of batches that the data set has put together itself."""
+    return batch
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:
