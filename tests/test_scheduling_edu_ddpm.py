@@ -8,7 +8,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from diffusers_edu import EduDDPMScheduler
 
@@ -286,7 +286,7 @@ def test_configurations_that_come_from_distilled_samplers_are_saved_and_loaded_i
 
 
 @pytest.mark.parametrize("key, allowed", [
-    ("beta_schedule", BETA_NAMES), ("prediction_type", PREDICTIONS), ("variance_type", VARIANCES), ("timestep_spacing", SPACINGS),
+    ("beta_schedule", BETA_NAMES), ("prediction_type", PREDICTIONS), ("timestep_spacing", SPACINGS),
 ])  # fmt: skip
 def test_an_unknown_name_is_refused_with_the_list_of_known_ones(key, allowed):
     with pytest.raises(ValueError) as error:
@@ -315,3 +315,89 @@ def test_set_timesteps_refuses_what_is_no_grid_and_keeps_the_one_it_has(argument
 def test_no_timesteps_and_outputs_of_the_wrong_shape_are_refused(config, channels, message):
     with pytest.raises(ValueError, match=message):
         EduDDPMScheduler(**config).step(randn(2, channels, 4, 4), 5, randn(2, 3, 4, 4))
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+@pytest.mark.parametrize("clip_sample", [False, True])
+def test_without_fresh_noise_it_is_stock_ddim_on_the_same_grid(prediction_type, clip_sample):
+    shared = {"prediction_type": prediction_type, "clip_sample": clip_sample, "timestep_spacing": "trailing"}
+    ours = EduDDPMScheduler(eta=0.0, **shared)
+    stock = DDIMScheduler(set_alpha_to_one=True, **shared)
+    x = y = torch.randn(2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    ours.set_timesteps(20)
+    stock.set_timesteps(20)
+    assert torch.equal(ours.timesteps, stock.timesteps)
+    for t in ours.timesteps:
+        x = ours.step(torch.tanh(x), t, x).prev_sample
+        # The noise that the stock class keeps is by default that of the image before clipping.
+        y = stock.step(torch.tanh(y), t, y, use_clipped_model_output=True).prev_sample
+    assert (x - y).abs().max() < 1e-4 * y.abs().max()
+
+
+def test_between_ddim_and_ddpm_the_marginals_of_gaussian_data_stay_right():
+    """Any eta leaves q(x_s | x_0) what it is, so with the ideal denoiser the data's variance comes back."""
+    scheduler = EduDDPMScheduler(eta=0.5, clip_sample=False, prediction_type="sample", beta_schedule="squaredcos_cap_v2")
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20000, 1, 1, 1, generator=generator)
+    for t in scheduler.timesteps:
+        alpha_bar = scheduler.alphas_cumprod[t]
+        ideal = x * 0.09 * alpha_bar.sqrt() / (0.09 * alpha_bar + 1 - alpha_bar)  # E[x_0 | x_t] for x_0 ~ N(0, 0.3^2)
+        x = scheduler.step(ideal, t, x, generator=generator).prev_sample
+    assert abs(x.std().item() / 0.3 - 1) < 4 / (2 * 20000) ** 0.5 + 0.005
+
+
+def test_the_posterior_is_that_of_bayes_rule():
+    scheduler = EduDDPMScheduler(eta=0.3)
+    scheduler.set_timesteps(10)
+    t = int(scheduler.timesteps[4])
+    s = int(scheduler.timesteps[5])
+    x_0, x_t = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0)
+    alpha = alpha_bar[t] / alpha_bar[s]
+    # q(x_s | x_0) q(x_t | x_s) as a Gaussian in x_s: precisions add, and means weigh by them.
+    precision = 1 / (1 - alpha_bar[s]) + alpha / (1 - alpha)
+    mean = (alpha_bar[s].sqrt() * x_0 / (1 - alpha_bar[s]) + alpha.sqrt() * x_t / (1 - alpha)) / precision
+    got_mean, got_variance = scheduler.posterior(x_0, t, x_t)
+    assert (got_mean - mean).abs().max() < 1e-10
+    assert abs(got_variance - 1 / precision) < 1e-10
+    last_mean, last_variance = scheduler.posterior(x_0, scheduler.timesteps[-1], x_t)
+    assert (last_mean - x_0).abs().max() < 1e-10
+    assert last_variance == 0
+
+
+def test_the_posterior_takes_a_timestep_for_each_sample():
+    scheduler = EduDDPMScheduler()
+    x_0, x_t = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    mean, variance = scheduler.posterior(x_0, torch.tensor([3, 500, 999]), x_t)
+    for i, t in enumerate((3, 500, 999)):
+        one_mean, one_variance = scheduler.posterior(x_0[i : i + 1], t, x_t[i : i + 1])
+        assert (mean[i] - one_mean).abs().max() < 1e-6
+        assert abs(variance[i].squeeze() - one_variance) < 1e-7
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTIONS)
+def test_predictions_convert_into_each_other(prediction_type):
+    scheduler = EduDDPMScheduler(prediction_type=prediction_type)
+    x_0, epsilon = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([5, 300, 900])
+    x_t, v = scheduler.add_noise(x_0, epsilon, t), scheduler.get_velocity(x_0, epsilon, t)
+    said = {"epsilon": epsilon, "sample": x_0, "v_prediction": v}
+    for to, expected in said.items():
+        assert (scheduler.convert_model_output(said[prediction_type], t, x_t, to) - expected).abs().max() < 1e-9
+    with pytest.raises(ValueError, match="epsilon, sample, v_prediction"):
+        scheduler.convert_model_output(epsilon, t, x_t, "score")
+
+
+def test_the_signal_to_noise_ratio_is_its_definition_for_any_shape_of_t():
+    scheduler = EduDDPMScheduler()
+    alpha_bar = torch.cumprod(1 - scheduler.betas.double(), 0)
+    assert scheduler.snr(7) == alpha_bar[7] / (1 - alpha_bar[7])
+    assert torch.equal(scheduler.snr(torch.tensor([0, 999])), (alpha_bar / (1 - alpha_bar))[[0, 999]])
+
+
+def test_eta_out_of_range_is_refused_and_an_unknown_variance_is_named(caplog):
+    with pytest.raises(ValueError, match=r"eta is 1\.5"):
+        EduDDPMScheduler(eta=1.5)
+    diffusers.utils.logging.enable_propagation()
+    EduDDPMScheduler(variance_type="other")
+    assert "fixed_small" in caplog.text

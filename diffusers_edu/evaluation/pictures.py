@@ -52,8 +52,7 @@ def spread(count: int, columns: int = COLUMNS) -> list[int]:
 def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list[Picture]:
     """The forward process of a diffusion as a strip and a chart. `images`: (B, C, H, W) in [-1, 1]."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
-    alpha_bar = scheduler.alphas_cumprod.double()
-    snr = alpha_bar / (1 - alpha_bar)
+    alpha_bar, snr = scheduler.alphas_cumprod, scheduler.snr(torch.arange(len(scheduler)))
     columns = [("x<sub>0</sub>", to_unit(images))]
     for t in spread(len(alpha_bar), COLUMNS):
         x_t = scheduler.add_noise(images, noise, torch.full((len(images),), t))

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.schedulers.scheduling_utils import KarrasDiffusionSchedulers, SchedulerMixin
-from diffusers.utils import BaseOutput
+from diffusers.utils import BaseOutput, logging
 from diffusers.utils.torch_utils import randn_tensor
+
+logger = logging.get_logger(__name__)
 
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace")
 PREDICTION_TYPES = ("epsilon", "sample", "v_prediction")
@@ -102,7 +104,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         num_train_timesteps (`int`, defaults to 1000): T, the number of noise levels.
         beta_start, beta_end (`float`, default to 0.0001 and 0.02): the ends of the schedules that have ends.
         beta_schedule (`str`, defaults to `"linear"`): see [`make_betas`].
-        trained_betas (array of T floats, *optional*): the betas themselves, in place of a schedule.
+        trained_betas (array of T floats, *optional*): the betas themselves, in place of a schedule; their number is T.
         variance_type (`str`, defaults to `"fixed_small"`): sigma_t^2, the variance of a reverse step.
             `fixed_small`: beta_tilde_t, right for data at one point; `fixed_large`: beta_t, right for x_0 ~ N(0, I) (Ho et al. 2020,
             section 3.2). The names with `_log` give the same variance. `learned`: the second half of the model's
@@ -120,9 +122,12 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing (`str`, defaults to `"leading"`): `leading`, `trailing` or `linspace` (Lin et al. 2023, table 2).
         steps_offset (`int`, defaults to 0): added to every timestep of the `leading` grid.
         rescale_betas_zero_snr (`bool`, defaults to `False`): see [`rescale_zero_terminal_snr`].
+        eta (`float`, defaults to 1.0): how much fresh noise a step adds, from 0, none (DDIM, with the noise taken from the clipped
+            x_0), to 1, all of sigma_t (DDPM). A part of the configuration and no argument of `step`, to which Stable Diffusion
+            passes `eta=0.0` wherever there is one.
 
     Raises:
-        ValueError: an unknown name, or fewer than one timestep.
+        ValueError: an unknown schedule, spacing or prediction type, fewer than one timestep, or eta outside [0, 1].
     """
 
     # The two names that are not among the enumeration are distilled samplers, between which people swap all the same.
@@ -149,22 +154,21 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         timestep_spacing: Literal["leading", "trailing", "linspace"] = "leading",
         steps_offset: int = 0,
         rescale_betas_zero_snr: bool = False,
+        eta: float = 1.0,
     ):
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 1")
-        for key, value, allowed in (
-            ("prediction_type", prediction_type, PREDICTION_TYPES),
-            ("variance_type", variance_type or "fixed_small", VARIANCE_TYPES),
-            ("timestep_spacing", timestep_spacing, TIMESTEP_SPACINGS),
-        ):
-            if value not in allowed:
-                raise ValueError(f"{key} is {value!r}; it must be one of {', '.join(allowed)}")
+        if not 0 <= eta <= 1:
+            raise ValueError(f"eta is {eta}; it must lie between 0 (DDIM) and 1 (DDPM)")
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type is {prediction_type!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
+        if timestep_spacing not in TIMESTEP_SPACINGS:
+            raise ValueError(f"timestep_spacing is {timestep_spacing!r}; it must be one of {', '.join(TIMESTEP_SPACINGS)}")
+        # DPM++ saves None. Like the stock class, this one takes any other name for the small variance; but it says so.
+        if variance_type is not None and variance_type not in VARIANCE_TYPES:
+            logger.warning(f"variance_type {variance_type!r} is none of {', '.join(VARIANCE_TYPES)}; taken for fixed_small")
 
         if trained_betas is not None:
-            if len(trained_betas) != num_train_timesteps:
-                raise ValueError(
-                    f"{len(trained_betas)} trained_betas for num_train_timesteps = {num_train_timesteps}; give as many"
-                )
             self.betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float32)
         else:
             self.betas = make_betas(beta_schedule, num_train_timesteps, beta_start, beta_end)
@@ -181,7 +185,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         self._set_grid(torch.arange(len(self.betas) - 1, -1, -1))
 
     def __len__(self) -> int:
-        return self.config.num_train_timesteps
+        """T."""
+        return len(self.betas)
 
     # ---------------------------------------------------------------------------------------------- forward process
 
@@ -261,19 +266,24 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         every_t = torch.arange(len(self.betas))
         index = torch.searchsorted(grid.flip(0).contiguous(), every_t) - 1
         self._previous = torch.where(index >= 0, grid.flip(0)[index], -1)
-        self._tables["reverse"] = self._make_reverse_table(self._previous)
+        self._tables["posterior"] = self._reverse_coefficients(self._previous, eta=1.0)
+        self._tables["reverse"] = self._reverse_coefficients(self._previous, eta=self.config.eta)
         self._copies: dict[tuple, torch.Tensor] = {}  # of the tables, by device and dtype
 
-    def _make_reverse_table(self, s: torch.Tensor) -> torch.Tensor:
-        """The coefficients of one reverse step from every t to its s: float64, shape (4, T), rows as in `posterior`."""
+    def _reverse_coefficients(self, s: torch.Tensor, eta: float) -> torch.Tensor:
+        """a, b, beta_tilde and beta of the step x_s = a x_0 + b x_t + eta sigma z from every t to its s: float64, shape (4, T).
+
+        Song et al. 2021 (https://arxiv.org/abs/2010.02502), eq. (12) and (16): x_s is the image at level s with as much of x_t's
+        noise as leaves room for the fresh noise. With eta = 1 this is Ho et al. 2020, eq. (7):
+        a = sqrt(alpha_bar_s) beta / (1 - alpha_bar_t), b = sqrt(alpha) (1 - alpha_bar_s) / (1 - alpha_bar_t).
+        """
         alpha_bar_t = self._alpha_bar
         alpha_bar_s = torch.where(s >= 0, self._alpha_bar[s.clamp(min=0)], 1.0)
-        alpha = alpha_bar_t / alpha_bar_s
-        beta = 1 - alpha
-        weight_of_x_0 = alpha_bar_s.sqrt() * beta / (1 - alpha_bar_t)
-        weight_of_x_t = alpha.sqrt() * (1 - alpha_bar_s) / (1 - alpha_bar_t)
+        beta = 1 - alpha_bar_t / alpha_bar_s
         beta_tilde = (1 - alpha_bar_s) / (1 - alpha_bar_t) * beta
-        return torch.stack([weight_of_x_0, weight_of_x_t, beta_tilde, torch.where(s >= 0, beta, 0.0)])
+        b = ((1 - alpha_bar_s - eta**2 * beta_tilde).clamp(min=0) / (1 - alpha_bar_t)).sqrt()
+        a = alpha_bar_s.sqrt() - b * alpha_bar_t.sqrt()
+        return torch.stack([a, b, beta_tilde, torch.where(s >= 0, beta, 0.0)])
 
     def previous_timestep(self, timestep: int | torch.Tensor) -> int | torch.Tensor:
         """s: the next timestep of the grid below t, -1 where there is none (x_{-1} is the image). The type of t."""
@@ -311,6 +321,53 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             )
         return (x_t - sigma * output) / signal
 
+    def convert_model_output(
+        self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, to: str
+    ) -> torch.Tensor:
+        """What the model said of x_t, as `epsilon`, `sample` (x_0) or `v_prediction`; float32 or better.
+
+        With x_0 from `predict_original_sample`: epsilon = (x_t - sqrt(alpha_bar_t) x_0) / sqrt(1 - alpha_bar_t), and v as in
+        `get_velocity`. Shapes as in `step`.
+
+        Raises:
+            ValueError: an unknown type, or one that zero terminal SNR leaves undetermined.
+        """
+        if to not in PREDICTION_TYPES:
+            raise ValueError(f"to is {to!r}; it must be one of {', '.join(PREDICTION_TYPES)}")
+        if to == self.config.prediction_type:
+            return _upcast(model_output)
+        x_0 = self.predict_original_sample(model_output, timestep, sample)
+        if to == "sample":
+            return x_0
+        signal, sigma = self._look_up("forward", timestep, sample)
+        epsilon = (_upcast(sample) - signal * x_0) / sigma
+        return epsilon if to == "epsilon" else signal * epsilon - sigma * x_0
+
+    def posterior(
+        self, original_samples: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mean and the variance of q(x_s | x_t, x_0), s the grid's next timestep below t. Ho et al. 2020, eq. (6) and (7).
+
+        Args:
+            original_samples: x_0, shape (B, ...).
+            timestep: t, one for all or integers of shape (B,).
+            sample: x_t, the shape of x_0.
+
+        Returns: the mean, shape (B, ...), and beta_tilde, which broadcasts over it; both float32 or better. Where s = -1 these are x_0
+            and 0.
+        """
+        a, b, beta_tilde, _ = self._look_up("posterior", timestep, sample)
+        mean = a * _upcast(original_samples) + b * _upcast(sample)
+        return mean, torch.as_tensor(beta_tilde, dtype=mean.dtype, device=mean.device)
+
+    def snr(self, timestep: int | torch.Tensor) -> torch.Tensor:
+        """The signal-to-noise ratio alpha_bar_t / (1 - alpha_bar_t) (Kingma et al. 2021, https://arxiv.org/abs/2107.00630, eq. 2).
+
+        float64 on the host; the shape of t.
+        """
+        alpha_bar = self._alpha_bar[torch.as_tensor(timestep, device="cpu")]
+        return alpha_bar / (1 - alpha_bar)
+
     def step(
         self,
         model_output: torch.Tensor,
@@ -319,7 +376,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> EduDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Draw x_s ~ p(x_s | x_t) = N(a x_0 + b x_t, sigma_t^2 I), x_0 predicted by the model. Ho et al. 2020, eq. (6), (7):
+        """Draw x_s ~ p(x_s | x_t) = N(a x_0 + b x_t, eta^2 sigma_t^2 I), x_0 predicted by the model. With eta = 1, Ho et al. 2020,
+        eq. (6) and (7):
 
             a = sqrt(alpha_bar_s) beta_t / (1 - alpha_bar_t),    b = sqrt(alpha_t) (1 - alpha_bar_s) / (1 - alpha_bar_t)
 
@@ -343,21 +401,27 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         a, b, beta_tilde, beta = self._look_up("reverse", timestep, sample)
         x_s = a * x_0 + b * _upcast(sample)
 
-        # At t = 0 the stock class draws nothing: the same generator must go on to the same numbers after it.
-        if not (_is_host_scalar(timestep) and timestep == 0):
+        # At t = 0 and without fresh noise the stock classes draw nothing, and leave the generator to others as it was.
+        if self.config.eta > 0 and not (_is_host_scalar(timestep) and timestep == 0):
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
-            x_s = x_s + self._variance(beta_tilde, beta, predicted_variance) ** 0.5 * _upcast(noise)
+            sigma = self._variance(beta_tilde, beta, predicted_variance) ** 0.5
+            x_s = x_s + self.config.eta * sigma * _upcast(noise)
 
         x_s, x_0 = x_s.to(sample.dtype), x_0.to(sample.dtype)
         return EduDDPMSchedulerOutput(prev_sample=x_s, pred_original_sample=x_0) if return_dict else (x_s, x_0)
 
+    def _get_variance(self, t: int, predicted_variance: torch.Tensor | None = None) -> torch.Tensor:
+        """sigma_t^2 of the step from t, under the name by which diffusers' own tests ask for it."""
+        _, _, beta_tilde, beta = self._look_up("reverse", t, torch.empty(0))
+        return torch.as_tensor(self._variance(beta_tilde, beta, predicted_variance))
+
     def _variance(self, beta_tilde, beta, predicted: torch.Tensor | None):
         """sigma_t^2 by `variance_type`; 0 where s = -1, so that no noise is left in the image."""
         kind = self.config.variance_type
-        if kind in (None, "fixed_small", "fixed_small_log"):  # None: as DPM++ saves it
-            return beta_tilde
         if kind in ("fixed_large", "fixed_large_log"):
             return beta
+        if kind not in ("learned", "learned_range"):
+            return beta_tilde
         if predicted is None:
             raise ValueError(f"variance_type is {kind!r}, but the model's output has no second half that holds it")
         predicted = _upcast(predicted)
