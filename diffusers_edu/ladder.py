@@ -13,7 +13,7 @@ from diffusers.utils.logging import disable_progress_bar
 from .evaluation.metrics import Estimate, measure
 from .evaluation.sampling import sample
 from .rungs import RUNGS, configuration, train_rung
-from .story import SHOWN, Ladder, Measured, page, steps_argument
+from .story import SHOWN, Ladder, Measured, as_json, page, steps_argument
 from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError
 from .training.data import ImageData, load_data
 from .training.log import LOG_NAME, read_log
@@ -97,6 +97,7 @@ def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, s
         raise UsageError(f"{run} holds no trained run: {CONFIG_NAME} cannot be read there") from error
     if not (run / "model_index.json").exists():
         raise UsageError(f"{run} holds no pipeline: its training has not ended")
+    replace(config, seed=seed).validate()  # what a training refuses as a seed, a measurement does
     train, held_out = load_data(config)
     pipeline = load(str(run))
     steps = RUNGS[config.rung].num_inference_steps
@@ -105,8 +106,7 @@ def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, s
         raise UsageError(f"--num_inference_steps {steps}: this pipeline takes 1 to {len(pipeline.scheduler)}")
     samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
     for name, images in (("samples", samples), ("floor", train.images)):
-        figures_of_it = measure(images.flatten(1), held_out.images.flatten(1), seed)
-        print(json.dumps({name: {key: estimate.as_json() for key, estimate in figures_of_it.items()}}))
+        print(json.dumps({name: as_json(measure(images.flatten(1), held_out.images.flatten(1), seed))}))
 
 
 def load(folder: str) -> Any:

@@ -1,5 +1,6 @@
 """What the page tells of each rung: its claim, held against the measurements, and the pictures that show it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,10 @@ from .training.data import ImageData
 SHOWN = 32  # samples of each rung on the page
 TRACED = 250  # samples followed through the stages of a stack
 WALKS = (0, 6, 3, 8, 4, 9, 1, 7)  # the digits between which the walks in latent space lead, in pairs
+
+
+def as_json(metrics: dict[str, Estimate]) -> dict[str, Any]:
+    return {name: estimate.as_json() for name, estimate in metrics.items()}
 
 
 @dataclass
@@ -43,7 +48,7 @@ class Measured:
             "num_parameters": self.num_parameters,
             "num_samples": len(self.samples),
             "num_inference_steps": self.num_inference_steps,
-            **{name: estimate.as_json() for name, estimate in self.metrics.items()},
+            **as_json(self.metrics),
             "bits_per_dim": None,
         }
 
@@ -62,7 +67,7 @@ class Ladder:
         return {
             "dataset": "digits",
             "rungs": {name: rung.as_json() for name, rung in self.rungs.items()},
-            "floor": {"num_samples": len(self.train), **{name: estimate.as_json() for name, estimate in self.floor.items()}},
+            "floor": {"num_samples": len(self.train), **as_json(self.floor)},
         }
 
 
@@ -79,7 +84,7 @@ def page(ladder: Ladder, facts: dict[str, str]) -> str:
         [d.interval for d in distances],
         ladder.floor["frechet_distance"].value,
     )
-    forward = pictures.forward_process(ladder.rungs["ddpm"].pipeline.scheduler, signed(ladder.held_out, 4), ladder.seed)
+    forward = pictures.forward_process(ladder.rungs["ddpm"].pipeline.scheduler, signed(ladder.held_out, range(4)), ladder.seed)
     sections = [section(rung, ladder) for rung in ladder.rungs.values()]
     return render(sections, ladder.floor, figures.grid(ladder.held_out.images[:SHOWN], 16, "digits"), overview, forward, facts)
 
@@ -108,9 +113,9 @@ def section(rung: Measured, ladder: Ladder) -> Section:
     )
 
 
-def signed(data: ImageData, count: int) -> torch.Tensor:
-    """The first images as float32 (count, C, H, W) in [-1, 1]."""
-    return data.images[:count] * 2 - 1
+def signed(data: ImageData, indices: Iterable[int]) -> torch.Tensor:
+    """Some images as the models see them, float32 (N, C, H, W) in [-1, 1]."""
+    return data.__getitems__(list(indices))["images"]
 
 
 def record(rung: Measured, count: int, seed: int) -> list[Step]:
@@ -155,15 +160,15 @@ def tell_noisy(rung: Measured, ladder: Ladder) -> Story:
 @torch.no_grad()
 def tell_vae(rung: Measured, ladder: Ladder) -> Story:
     vae, held_out = rung.pipeline.vae, ladder.held_out
-    train = signed(ladder.train, len(ladder.train)).to(vae.device)
+    train = signed(ladder.train, range(len(ladder.train))).to(vae.device)
     codes = vae.encode(train).latent_dist.sample(torch.Generator().manual_seed(ladder.seed))
     of_codes = frechet_distance(decode(vae, codes).flatten(1), held_out.images.flatten(1), ladder.seed)
     sharp = claims.sharpness(rung.samples, held_out.images)
     verdict = claims.judge_vae(rung.metrics, ladder.rungs["noisy_stacked_dae"].metrics, of_codes.value, sharp)
     labels = torch.as_tensor(held_out.labels)
     first_of = [int(torch.nonzero(labels == digit)[0]) for digit in WALKS]
-    ends = held_out.images[first_of] * 2 - 1
-    return verdict, [pictures.reconstructions(vae, signed(held_out, 8)), pictures.latent_walk(vae, ends)]
+    walk = pictures.latent_walk(vae, signed(held_out, first_of))
+    return verdict, [pictures.reconstructions(vae, signed(held_out, range(8))), walk]
 
 
 def tell_ddpm(rung: Measured, ladder: Ladder) -> Story:

@@ -101,6 +101,15 @@ def test_evaluate_prints_the_figures_of_a_run_and_its_floor(ladder, capsys):
     assert printed[0]["samples"]["frechet_distance"]["n"] == 20
 
 
+@pytest.mark.parametrize("command", ["ladder", "evaluate"])
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_a_seed_out_of_range_is_refused(ladder, command, seed, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([command, str(ladder / ("vae" if command == "evaluate" else "")), "--seed", seed])
+    assert stop.value.code == 2
+    assert f"--seed {seed}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("rung", ["noisy_stacked_dae", "ddpm", "latent_diffusion"])
 def test_a_trace_starts_at_the_noise_and_ends_in_the_samples(ladder, rung):
     pipeline = DiffusionPipeline.from_pretrained(ladder / rung)

@@ -5,7 +5,7 @@ Accelerate may have wrapped it. A batch holds `images`, float32 (B, C, H, W) in 
 data has them. `noise` is a [`StepNoise`] for the rows of the batch.
 """
 
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +17,23 @@ Batch = dict[str, torch.Tensor]
 Terms = dict[str, torch.Tensor]
 
 
-class Objective(Protocol):
-    """The interface that the training loop knows."""
+class Objective:
+    """The interface that the training loop knows. `to` and `finish` do nothing unless an objective needs them."""
 
-    model: nn.Module
+    model: Any
 
     def to(self, device: torch.device) -> None:
         """Move what does not learn to the device."""
 
     def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
         """The loss to descend, and parts of it to log: scalars, means over the batch."""
-        ...
+        raise NotImplementedError
 
     def finish(self, batches: Any) -> None:
         """Measure on the training data what the saved pipeline needs, once the model has its final weights."""
 
 
-class DenoisingObjective:
+class DenoisingObjective(Objective):
     """Squared error of every stage's estimate of the clean image, summed over the stages. Vincent et al. 2008.
 
     With fresh noise, stage k sees x_k = x_0 + sigma_k epsilon_k; without, only the first has noise to remove, and each
@@ -44,9 +44,6 @@ class DenoisingObjective:
         self.model = model
         self.num_stages = model.config.num_stages
         self.fresh_noise = model.config.fresh_noise
-
-    def to(self, device: torch.device) -> None:
-        pass
 
     def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
         clean = batch["images"]
@@ -59,11 +56,8 @@ class DenoisingObjective:
             corrupted = estimate.detach()
         return torch.stack(list(losses.values())).sum(), losses
 
-    def finish(self, batches: Any) -> None:
-        pass
 
-
-class VariationalObjective:
+class VariationalObjective(Objective):
     """The negative evidence lower bound, in nats per dimension of the image. Kingma and Welling 2014, eq. (3):
 
         -ELBO = E_q[-log N(x; decode(z), sigma_x^2 I)] + kl_weight KL(q(z | x) || N(0, I))
@@ -79,9 +73,6 @@ class VariationalObjective:
     def __init__(self, model: Any, kl_weight: float = 1.0):
         self.model = model
         self.kl_weight = kl_weight
-
-    def to(self, device: torch.device) -> None:
-        pass
 
     def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
         x = batch["images"]
@@ -108,7 +99,7 @@ class VariationalObjective:
         self.model.register_to_config(scaling_factor=1 / std)
 
 
-class DiffusionObjective:
+class DiffusionObjective(Objective):
     """The simplified bound: squared error of the prediction at a random timestep; for epsilon, Ho et al. 2020, eq. (14).
 
     The target is the scheduler's `prediction_type`. With a `vae`, x_0 is a draw of its latents, scaled to unit variance
@@ -168,6 +159,3 @@ class DiffusionObjective:
             return None
         drop = noise.uniform() < self.label_dropout
         return torch.where(drop, num_classes - 1, batch["labels"])
-
-    def finish(self, batches: Any) -> None:
-        pass
