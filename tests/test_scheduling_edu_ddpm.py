@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch._dynamo.testing import CompileCounter
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffusers_edu import EduDDPMScheduler
 
@@ -247,12 +249,12 @@ def test_an_unknown_key_is_warned_of(warned):
 
 
 def test_save_and_load_keeps_the_configuration(tmp_path, warned):
-    betas = np.linspace(0.01, 0.5, 7)
+    betas = np.linspace(0.01, 0.9, 7)
     scheduler = EduDDPMScheduler(7, trained_betas=betas, variance_type="learned_range", timestep_spacing="trailing")
     scheduler.save_pretrained(tmp_path)
     loaded = EduDDPMScheduler.from_pretrained(tmp_path)
     assert torch.equal(loaded.alphas_cumprod, scheduler.alphas_cumprod)
-    for key in loaded.config.keys() - {"trained_betas"}:
+    for key in {key for key in scheduler.config if not key.startswith("_")} - {"trained_betas"}:
         assert loaded.config[key] == scheduler.config[key]
     assert not warned()
 
@@ -347,7 +349,7 @@ def test_between_ddim_and_ddpm_the_marginals_of_gaussian_data_stay_right():
 
 
 def test_the_posterior_is_that_of_bayes_rule():
-    scheduler = EduDDPMScheduler(eta=0.3)
+    scheduler = EduDDPMScheduler()
     scheduler.set_timesteps(10)
     t = int(scheduler.timesteps[4])
     s = int(scheduler.timesteps[5])
@@ -357,22 +359,25 @@ def test_the_posterior_is_that_of_bayes_rule():
     # q(x_s | x_0) q(x_t | x_s) as a Gaussian in x_s: precisions add, and means weigh by them.
     precision = 1 / (1 - alpha_bar[s]) + alpha / (1 - alpha)
     mean = (alpha_bar[s].sqrt() * x_0 / (1 - alpha_bar[s]) + alpha.sqrt() * x_t / (1 - alpha)) / precision
-    got_mean, got_variance = scheduler.posterior(x_0, t, x_t)
-    assert (got_mean - mean).abs().max() < 1e-10
-    assert abs(got_variance - 1 / precision) < 1e-10
-    last_mean, last_variance = scheduler.posterior(x_0, scheduler.timesteps[-1], x_t)
-    assert (last_mean - x_0).abs().max() < 1e-10
-    assert last_variance == 0
+    got = scheduler.posterior(x_0, t, x_t)
+    assert (got.mean - mean).abs().max() < 1e-10
+    assert abs(got.variance - 1 / precision) < 1e-10
+    assert abs(got.log_variance + precision.log()) < 1e-10
+    last = scheduler.posterior(x_0, scheduler.timesteps[-1], x_t)
+    assert (last.mean - x_0).abs().max() < 1e-10
+    assert last.variance == 0
+    assert last.log_variance == scheduler.posterior(x_0, scheduler.timesteps[-2], x_t).log_variance
 
 
 def test_the_posterior_takes_a_timestep_for_each_sample():
     scheduler = EduDDPMScheduler()
     x_0, x_t = torch.randn(2, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
-    mean, variance = scheduler.posterior(x_0, torch.tensor([3, 500, 999]), x_t)
+    together = scheduler.posterior(x_0, torch.tensor([3, 500, 999]), x_t)
     for i, t in enumerate((3, 500, 999)):
-        one_mean, one_variance = scheduler.posterior(x_0[i : i + 1], t, x_t[i : i + 1])
-        assert (mean[i] - one_mean).abs().max() < 1e-6
-        assert abs(variance[i].squeeze() - one_variance) < 1e-7
+        one = scheduler.posterior(x_0[i : i + 1], t, x_t[i : i + 1])
+        assert (together.mean[i] - one.mean).abs().max() < 1e-6
+        assert abs(together.variance[i].squeeze() - one.variance) < 1e-7
+        assert abs(together.log_variance[i].squeeze() - one.log_variance) < 1e-5
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTIONS)
@@ -401,3 +406,191 @@ def test_eta_out_of_range_is_refused_and_an_unknown_variance_is_named(caplog):
     diffusers.utils.logging.enable_propagation()
     EduDDPMScheduler(variance_type="other")
     assert "fixed_small" in caplog.text
+
+
+# ------------------------------------------------------------------ betas and T
+
+
+@pytest.mark.parametrize("name", ["linear", "scaled_linear", "sigmoid", "squaredcos_cap_v2", "laplace"])
+def test_betas_rescaled_to_t_run_along_the_schedule_of_a_thousand(name):
+    thousand = EduDDPMScheduler(beta_schedule=name)._alpha_bar
+    for count in (50, 100, 250, 4000):
+        rescaled = EduDDPMScheduler(count, beta_schedule=name, rescale_betas_to_timesteps=True)._alpha_bar
+        if name in ("linear", "scaled_linear", "sigmoid"):
+            assert abs(rescaled[-1].log() / thousand[-1].log() - 1) < 1e-3
+            if count < 1000:
+                assert (rescaled - thousand[1000 // count - 1 :: 1000 // count]).abs().max() < 1e-5
+        else:
+            assert torch.equal(rescaled, EduDDPMScheduler(count, beta_schedule=name)._alpha_bar)
+
+
+def test_rescaled_betas_go_with_the_configuration_to_every_scheduler(tmp_path, warned):
+    ours = EduDDPMScheduler(50, rescale_betas_to_timesteps=True)
+    ours.save_pretrained(tmp_path)
+    for made in (
+        DDPMScheduler.from_config(ours.config),
+        DDIMScheduler.from_pretrained(tmp_path),
+        EduDDPMScheduler.from_pretrained(tmp_path),
+    ):
+        assert torch.equal(made.alphas_cumprod, ours.alphas_cumprod)
+    assert not warned()
+
+
+def test_a_prior_far_from_noise_is_warned_of_by_its_alpha_bar(warned):
+    EduDDPMScheduler(100)
+    assert "alpha_bar_T is 0.36" in warned()[0]
+    EduDDPMScheduler(100, rescale_betas_to_timesteps=True)
+    EduDDPMScheduler(1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012)  # Stable Diffusion's
+    assert len(warned()) == 1
+
+
+# ------------------------------------------------------------------ the variational bound and the variance
+
+STD = 0.5  # of data x_0 ~ N(0, STD^2 I), whose best denoiser, variance and entropy are known
+
+
+def ideal(scheduler, t, x_t):
+    """E[x_0 | x_t] for that data: a regression, whose slope is cov(x_0, x_t) / var(x_t)."""
+    alpha_bar = scheduler._alpha_bar[t].to(x_t).reshape(-1, 1, 1, 1)
+    return alpha_bar.sqrt() * STD**2 / (alpha_bar * STD**2 + 1 - alpha_bar) * x_t
+
+
+def ideal_errors(scheduler):
+    alpha_bar = scheduler._alpha_bar
+    return (STD**2 * (1 - alpha_bar) / (alpha_bar * STD**2 + 1 - alpha_bar)).tolist()
+
+
+def bound(scheduler, steps, count=4000):
+    """The bound of `count` images over a grid, and its standard error, in nats per dimension."""
+    generator = torch.Generator().manual_seed(0)
+    scheduler.set_timesteps(steps)
+    x_0 = STD * torch.randn((count, 1, 2, 2), generator=generator, dtype=torch.float64)
+    total = scheduler.prior_term(x_0)
+    for t in scheduler.timesteps:
+        x_t = scheduler.add_noise(x_0, torch.randn(x_0.shape, generator=generator, dtype=torch.float64), t)
+        total = total + scheduler.bound_term(ideal(scheduler, t, x_t), t, x_t, x_0, bin_width=None)
+    return total.mean().item() / 4, total.std().item() / count**0.5 / 4
+
+
+@pytest.mark.parametrize("steps", [1, 5, 20])
+def test_with_the_exact_denoiser_and_the_analytic_variance_the_bound_of_gaussian_data_is_its_entropy(steps):
+    entropy = 0.5 * np.log(2 * np.pi * np.e * STD**2)
+    config = {"prediction_type": "sample", "clip_sample": False, "timestep_spacing": "trailing"}
+    errors = ideal_errors(EduDDPMScheduler())
+    value, error = bound(EduDDPMScheduler(variance_type="analytic", prediction_errors=errors, **config), steps)
+    assert abs(value - entropy) < 4 * error
+    for kind in ("fixed_small", "fixed_large"):
+        if steps > 1:
+            assert bound(EduDDPMScheduler(variance_type=kind, **config), steps)[0] > value + 4 * error
+
+
+def test_with_the_analytic_variance_a_few_steps_give_gaussian_data_its_spread():
+    scheduler = EduDDPMScheduler(prediction_type="sample", clip_sample=False, timestep_spacing="trailing")
+    stds = {}
+    for kind in ("fixed_small", "analytic"):
+        errors = ideal_errors(scheduler) if kind == "analytic" else None
+        scheduler = EduDDPMScheduler.from_config(scheduler.config, variance_type=kind, prediction_errors=errors)
+        scheduler.set_timesteps(timesteps=[999, 500, 250, 2])
+        generator, x = (
+            torch.Generator().manual_seed(1),
+            torch.randn((20000, 1, 1, 1), generator=torch.Generator().manual_seed(0)),
+        )
+        for t in scheduler.timesteps:
+            x = scheduler.step(ideal(scheduler, t, x), t, x, generator=generator).prev_sample
+        stds[kind] = x.std().item()
+    assert abs(stds["analytic"] / STD - 1) < 4 / (2 * 20000) ** 0.5 + 0.002
+    assert stds["fixed_small"] < 0.9 * STD
+
+
+def test_the_probabilities_of_all_grey_levels_sum_to_one():
+    levels = torch.linspace(-1, 1, 17, dtype=torch.float64).reshape(-1, 1, 1, 1)
+    for mean, t in ((-0.99, 0), (0.3, 5), (0.7, 400), (-0.4, 999)):
+        scheduler = EduDDPMScheduler(prediction_type="sample", variance_type="fixed_large")
+        scheduler.set_timesteps(timesteps=[t])
+        x = torch.full_like(levels, mean)
+        nats = scheduler.bound_term(x, t, x, levels, bin_width=2 / 16)
+        assert abs(nats.neg().exp().sum() - 1) < 1e-9, (mean, t)
+
+
+def test_a_bound_term_is_the_divergence_of_torch_distributions_for_every_sample_and_variance():
+    x_0, x_t, output = torch.randn(3, 3, 1, 2, 2, dtype=torch.float64, generator=seeded()).clamp(-1, 1)
+    t = torch.tensor([30, 400, 999])
+    for kind in ("fixed_small", "fixed_large", "learned_range", "analytic"):
+        scheduler = EduDDPMScheduler(variance_type=kind, prediction_errors=[0.1] * 1000 if kind == "analytic" else None)
+        full = torch.cat([output, torch.tanh(output)], 1) if kind == "learned_range" else output
+        q, p = scheduler.posterior(x_0, t, x_t), scheduler.reverse(full, t, x_t)
+        q, p = (torch.distributions.Normal(g.mean, g.variance.sqrt().expand_as(x_0)) for g in (q, p))
+        expected = torch.distributions.kl_divergence(q, p).flatten(1).sum(1)
+        assert (scheduler.bound_term(full, t, x_t, x_0) / expected - 1).abs().max() < 1e-6, kind
+
+
+def test_step_draws_from_the_reverse_distribution():
+    scheduler = EduDDPMScheduler(variance_type="learned_range")
+    x_t = randn(1, 1, 2, 2).expand(20000, 1, 2, 2)
+    output = torch.cat([torch.sin(x_t), torch.cos(x_t)], 1)
+    p = scheduler.reverse(output[:1], 300, x_t[:1])
+    drawn = scheduler.step(output, 300, x_t, generator=seeded()).prev_sample
+    assert ((drawn.mean(0) - p.mean[0]) / p.variance[0].sqrt()).abs().max() < 4 / 20000**0.5
+    assert (drawn.var(0) / p.variance[0] - 1).abs().max() < 4 * (2 / 20000) ** 0.5
+
+
+def test_what_the_variance_or_the_bound_lacks_is_said():
+    x = randn(2, 1, 2, 2)
+    with pytest.raises(ValueError, match="fit_variance"):
+        EduDDPMScheduler(variance_type="analytic").step(x, 5, x)
+    with pytest.raises(ValueError, match="there must be 1000"):
+        EduDDPMScheduler(variance_type="analytic", prediction_errors=[0.1])
+    with pytest.raises(ValueError, match="eta > 0"):
+        EduDDPMScheduler(eta=0.0).bound_term(x, 5, x, x)
+    with pytest.raises(ValueError, match=r"within 0 \.\. 999"):
+        EduDDPMScheduler().step(x, 1000, x)
+    with pytest.raises(ValueError, match="one for each"):
+        EduDDPMScheduler().add_noise(x, x, torch.tensor([1, 2, 3]))
+    with pytest.raises(ValueError, match="must be the same"):
+        EduDDPMScheduler().add_noise(x, x[:1], torch.tensor([1, 2]))
+
+
+def test_an_inverted_step_is_undone_by_the_step():
+    scheduler = EduDDPMScheduler(eta=0.0, clip_sample=False)
+    scheduler.set_timesteps(10)
+    for t in scheduler.timesteps:
+        x_s, epsilon = randn(2, 1, 2, 2).double(), randn(2, 1, 2, 2, seed=1).double()
+        x_t = scheduler.invert_step(epsilon, t, x_s)
+        assert gap(scheduler.step(epsilon, t, x_t).prev_sample, x_s) < 1e-9
+
+
+# ------------------------------------------------------------------ what compilers and accelerators ask for
+
+
+@pytest.mark.parametrize("variance", ["fixed_small", "learned_range"])
+def test_a_model_and_a_step_compile_to_one_graph_for_every_timestep(variance):
+    scheduler, eager = (EduDDPMScheduler(variance_type=variance) for _ in range(2))
+
+    def denoise(x, t):
+        return scheduler.step(model(x, t, variance), t, x, return_dict=False)
+
+    torch.compiler.reset()
+    graphs = CompileCounter()
+    compiled = torch.compile(denoise, fullgraph=True, backend=graphs)
+    x = randn(2, 1, 4, 4)
+    for t in (999, 500, 3, 0):
+        torch.manual_seed(0)
+        got = compiled(x, torch.tensor(t))
+        torch.manual_seed(0)
+        expected = eager.step(model(x, torch.tensor(t), variance), torch.tensor(t), x, return_dict=False)
+        assert max(gap(*pair) for pair in zip(got, expected, strict=True)) < 1e-5
+    assert graphs.frame_count == 1
+    assert all(type(copy) is torch.Tensor for copy in scheduler._copies.values())
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_a_step_asks_for_no_value_of_a_tensor(prediction):
+    scheduler = EduDDPMScheduler(prediction_type=prediction, rescale_betas_zero_snr=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for device in ("cpu", "cuda"):
+            x = torch.empty(3, 1, 4, 4, device=device)
+            for t in (torch.tensor(5, device=device), torch.tensor([0, 5, 999], device=device)):
+                assert scheduler.step(x, t, x).prev_sample.device.type == device
+                assert scheduler.add_noise(x, x, t).shape == x.shape
+    x = randn(2, 1, 4, 4)  # and the scheduler has kept nothing of it
+    assert scheduler.step(x, torch.tensor([5, 7]), x).prev_sample.isfinite().all()
