@@ -42,6 +42,15 @@ def _register() -> None:
         if theirs is not None and theirs is not ours:
             raise ImportError(f"this version of diffusers has a class {name} of its own, with which ours would be confused")
         setattr(diffusers, name, ours)
+    # A configuration of ours that another scheduler has saved keeps our keys; these classes then know whose they are.
+    for name in EduDDPMScheduler._compatibles:
+        stock = getattr(diffusers, name, None)
+        if (
+            isinstance(stock, type)
+            and issubclass(stock, SchedulerMixin)
+            and EduDDPMScheduler.__name__ not in stock._compatibles
+        ):
+            stock._compatibles = [*stock._compatibles, EduDDPMScheduler.__name__]
 
 
 _register()

@@ -38,7 +38,7 @@ class Rung:
     title: str
     change: str
     build: Callable[[TrainingConfig, ImageData], DiffusionPipeline]
-    objective: Callable[[Any, TrainingConfig], Objective]
+    objective: Callable[[Any, TrainingConfig, ImageData], Objective]
     defaults: dict[str, Any] = field(default_factory=dict)
     num_inference_steps: int | None = None
 
@@ -55,11 +55,13 @@ def build_vae(config: TrainingConfig, data: ImageData) -> DiffusionPipeline:
     return VAEPipeline(vae)
 
 
-def build_unet(channels: int, size: int, widths: tuple[int, ...], num_class_embeds: int | None = None) -> UNet2DModel:
+def build_unet(
+    config: TrainingConfig, channels: int, size: int, widths: tuple[int, ...], num_class_embeds: int | None = None
+) -> UNet2DModel:
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
-        out_channels=channels,
+        out_channels=2 * channels if config.learns_variance else channels,
         block_out_channels=widths,
         layers_per_block=1,
         down_block_types=("DownBlock2D",) * len(widths),
@@ -75,8 +77,7 @@ def build_scheduler(config: TrainingConfig, clip_sample: bool) -> EduDDPMSchedul
         num_train_timesteps=config.num_train_timesteps,
         beta_schedule=config.beta_schedule,
         prediction_type=config.prediction_type,
-        # Of the two fixed variances the one that loses less of the data's on a coarse grid.
-        variance_type="fixed_large",
+        variance_type=config.variance_type,
         clip_sample=clip_sample,
     )
 
@@ -86,7 +87,9 @@ def build_ddpm(config: TrainingConfig, data: ImageData) -> DiffusionPipeline:
     widths, size = [32], data.resolution
     while size % 2 == 0 and size > 4:
         widths, size = [*widths, 64], size // 2
-    return DDPMPipeline(build_unet(data.channels, data.resolution, tuple(widths)), build_scheduler(config, clip_sample=True))
+    return DDPMPipeline(
+        build_unet(config, data.channels, data.resolution, tuple(widths)), build_scheduler(config, clip_sample=True)
+    )
 
 
 def build_latent_diffusion(config: TrainingConfig, data: ImageData) -> DiffusionPipeline:
@@ -106,7 +109,7 @@ def build_latent_diffusion(config: TrainingConfig, data: ImageData) -> Diffusion
     size = data.resolution // downsampling
     # Two widths need an even size: the second works at half of it.
     widths = (64, 64) if size % 2 == 0 else (64,)
-    unet = build_unet(vae.config.latent_channels, size, widths, num_classes)
+    unet = build_unet(config, vae.config.latent_channels, size, widths, num_classes)
     return LatentDiffusionPipeline(vae, unet, build_scheduler(config, clip_sample=False))
 
 
@@ -131,7 +134,7 @@ RUNGS: dict[str, Rung] = {
         title="Denoising autoencoder",
         change="One encoder-decoder is asked to remove all the noise at once.",
         build=lambda config, data: build_stack(config, data, num_stages=1, fresh_noise=False),
-        objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
+        objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         defaults=dict(max_train_steps=400, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=1,
     ),
@@ -140,7 +143,7 @@ RUNGS: dict[str, Rung] = {
         change="The work is split over ten encoder-decoders, one for each level of noise; each is trained on what the one before it "
         "returned, and an image is handed down from stage to stage.",
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=False),
-        objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
+        objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         defaults=dict(max_train_steps=300, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=10,
     ),
@@ -148,7 +151,7 @@ RUNGS: dict[str, Rung] = {
         title="Stacked denoising autoencoders with fresh noise",
         change="Fresh noise enters before every stage, in training and in sampling.",
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=True),
-        objective=lambda pipeline, config: DenoisingObjective(pipeline.model),
+        objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         defaults=dict(max_train_steps=1000, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=10,
     ),
@@ -157,7 +160,7 @@ RUNGS: dict[str, Rung] = {
         change="The code itself is random, and known: a KL term pulls it to N(0, I), so that codes can be drawn without an image. (Its "
         "weight here is a fifth of the evidence lower bound's: sharper images, more holes in the prior.)",
         build=build_vae,
-        objective=lambda pipeline, config: VariationalObjective(pipeline.vae, config.kl_weight),
+        objective=lambda pipeline, config, data: VariationalObjective(pipeline.vae, config.kl_weight),
         # Less than the bound's weight of 1: sharper images, more holes; the latent rung fills the holes.
         defaults=dict(max_train_steps=700, train_batch_size=128, learning_rate=2e-3, ema_max_decay=0.99, kl_weight=0.2),
     ),
@@ -166,7 +169,9 @@ RUNGS: dict[str, Rung] = {
         change="One network, told the timestep, serves all noise levels; mean and variance are scaled until x_T is isotropic "
         "Gaussian, and every reverse step is a term of the evidence lower bound.",
         build=build_ddpm,
-        objective=lambda pipeline, config: DiffusionObjective(pipeline.unet, pipeline.scheduler),
+        objective=lambda pipeline, config, data: DiffusionObjective(
+            pipeline.unet, pipeline.scheduler, bin_width=2 / data.max_value
+        ),
         defaults=dict(max_train_steps=1400, train_batch_size=128, learning_rate=4e-3),
         num_inference_steps=50,
     ),
@@ -174,7 +179,7 @@ RUNGS: dict[str, Rung] = {
         title="Latent diffusion",
         change="The same diffusion, of the codes of the variational autoencoder: it replaces the prior, and keeps the decoder.",
         build=build_latent_diffusion,
-        objective=lambda pipeline, config: DiffusionObjective(
+        objective=lambda pipeline, config, data: DiffusionObjective(
             pipeline.unet, pipeline.scheduler, pipeline.vae, config.label_dropout
         ),
         defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3, kl_weight=0.2),
@@ -223,7 +228,7 @@ def train_rung(config: TrainingConfig) -> Any:
     except ValueError as error:
         raise UsageError(f"--resolution {data.resolution}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    train(pipeline, rung.objective(pipeline, config), data, config, accelerator)
+    train(pipeline, rung.objective(pipeline, config, data), data, config, accelerator)
     if config.push_to_hub and accelerator.is_main_process:
         try:
             pipeline.push_to_hub(config.hub_model_id or Path(config.output_dir).name)

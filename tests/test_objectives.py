@@ -19,12 +19,14 @@ def images(rows: int = 4) -> torch.Tensor:
     return torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def tiny_unet(channels: int = 1, size: int = 8, num_class_embeds: int | None = None) -> UNet2DModel:
+def tiny_unet(
+    channels: int = 1, size: int = 8, num_class_embeds: int | None = None, out_channels: int | None = None
+) -> UNet2DModel:
     torch.manual_seed(0)
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
-        out_channels=channels,
+        out_channels=out_channels or channels,
         layers_per_block=1,
         block_out_channels=(8,),
         down_block_types=("DownBlock2D",),
@@ -127,3 +129,51 @@ def test_dropped_labels_become_the_null_class_at_the_rate_asked_for():
     dropped = (kept == 10).float().mean().item()
     assert abs(dropped - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 5000)
     assert torch.equal(kept[kept != 10], labels["labels"][kept != 10])
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_range"])
+def test_the_hybrid_loss_is_the_simple_one_and_a_thousandth_of_the_bound(kind):
+    scheduler = EduDDPMScheduler(variance_type=kind)
+    objective = DiffusionObjective(tiny_unet(out_channels=2), scheduler, bin_width=1 / 8)
+    loss, terms = objective.loss(objective.model, {"images": images()}, noise())
+    assert difference(loss, terms["simple"] + 0.001 * terms["bound"]) < 1e-6
+    # The bound leaves the first half of the channels alone, and teaches the second, which the simple loss does not know.
+    last = objective.model.conv_out.weight
+    simple, bound = (torch.autograd.grad(terms[name], last, retain_graph=True)[0] for name in ("simple", "bound"))
+    assert simple[0].abs().max() > 0 and simple[1].abs().max() == 0
+    assert bound[0].abs().max() == 0 and bound[1].abs().max() > 0 and bound.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["learned", "learned_range"])
+def test_the_hybrid_loss_finds_the_best_variance(kind):
+    """x_0 ~ N(0, 1) at every t: given x_t, which then has variance 1 too, x_s has the variance beta_t, not beta_tilde_t."""
+    scheduler = EduDDPMScheduler(num_train_timesteps=20, variance_type=kind, clip_sample=False, rescale_betas_to_timesteps=True)
+
+    class Exact(torch.nn.Module):
+        """The best epsilon for that data, and a table of what is to be learned."""
+
+        def __init__(self):
+            super().__init__()
+            self.head = torch.nn.Parameter(torch.zeros(20) if kind == "learned_range" else torch.full((20,), 1e-3))
+            self.config = type("Config", (), {"num_class_embeds": None})
+
+        def forward(self, x, t, class_labels=None):
+            sigma = (1 - scheduler.alphas_cumprod[t]).sqrt().reshape(-1, 1, 1, 1)
+            second = self.head[t].reshape(-1, 1, 1, 1).expand_as(x)
+            return type("Output", (), {"sample": torch.cat([sigma * x, second], dim=1)})
+
+    model = Exact()
+    objective = DiffusionObjective(model, scheduler)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
+    for step in range(400):
+        x_0 = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(step))
+        optimizer.param_groups[0]["lr"] = 0.03 * (1 - step / 400)
+        loss, _ = objective.loss(model, {"images": x_0}, noise(64, step))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    t = torch.arange(1, 20)
+    x = torch.zeros(19, 1, 4, 4)
+    learned = scheduler.reverse(model(x, t).sample, t, x).variance[:, 0, 0, 0].detach()
+    best = scheduler.betas[1:]
+    assert (learned / best - 1).abs().max() < 0.1

@@ -191,8 +191,6 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         rescale_betas_to_timesteps: bool = False,
         prediction_errors: list[float] | None = None,
     ):
-        # Known as ours also in memory, the configuration goes to other classes without a warning of our own keys.
-        self.register_to_config(_class_name=type(self).__name__)
         if num_train_timesteps < 1:
             raise ValueError(f"num_train_timesteps is {num_train_timesteps}; it must be at least 1")
         if not 0 <= eta <= 1:

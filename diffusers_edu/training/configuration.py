@@ -58,6 +58,10 @@ class TrainingConfig:
         "squaredcos_cap_v2", "diffusion: the noise schedule."
     )
     num_train_timesteps: int = flag(1000, "diffusion: T, the number of noise levels.")
+    # Of the two fixed variances the default is the one that loses less of the data's on a coarse grid.
+    variance_type: Literal["fixed_small", "fixed_large", "learned", "learned_range"] = flag(
+        "fixed_large", "diffusion: the variance of a reverse step; a learned one is the network's, trained by the hybrid loss."
+    )
     class_conditional: bool = flag(False, "latent_diffusion: condition on the data's class labels.")
     label_dropout: float = flag(0.1, "The share of labels dropped in training, for classifier-free guidance.")
 
@@ -89,6 +93,10 @@ class TrainingConfig:
     report_to: str | None = flag(None, "A tracker of Accelerate's besides: tensorboard, wandb, ...")
     push_to_hub: bool = flag(False, "Upload the pipeline at the end.")
     hub_model_id: str | None = flag(None, "The repository to upload to; by default the name of the output folder.")
+
+    @property
+    def learns_variance(self) -> bool:
+        return self.variance_type in ("learned", "learned_range")
 
     def validate(self) -> None:
         """Raise a `UsageError` that names the flag for a value out of its range."""

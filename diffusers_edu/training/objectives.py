@@ -13,6 +13,8 @@ from torch import nn
 
 from .randomness import StepNoise
 
+VARIANCE_WEIGHT = 0.001  # of the bound in the hybrid loss
+
 Batch = dict[str, torch.Tensor]
 Terms = dict[str, torch.Tensor]
 
@@ -104,16 +106,18 @@ class DiffusionObjective(Objective):
 
     The target is the scheduler's `prediction_type`. With a `vae`, x_0 is a draw of its latents, scaled to unit variance
     (Rombach et al. 2022). With class labels, some are replaced by the class that stands for none, so that one network learns the
-    conditional and the unconditional model (Ho and Salimans 2022).
+    conditional and the unconditional model (Ho and Salimans 2022). A model of twice the channels learns the variance too.
 
     Args:
         model: a `UNet2DModel`.
-        scheduler: with `add_noise`, `get_velocity` and `config.prediction_type`.
+        scheduler: with `add_noise`, `get_velocity` and `config.prediction_type`; for a learned variance an `EduDDPMScheduler`.
         vae: a frozen autoencoder, or None for pixels.
         label_dropout: the share of labels replaced, in [0, 1].
+        bin_width: the distance of two grey levels of the images in [-1, 1], for a learned variance; None for latents.
     """
 
-    def __init__(self, model: Any, scheduler: Any, vae: Any = None, label_dropout: float = 0.1):
+    def __init__(self, model: Any, scheduler: Any, vae: Any = None, label_dropout: float = 0.1, bin_width: float | None = None):
+        self.bin_width = bin_width
         self.model = model
         self.scheduler = scheduler
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
@@ -128,8 +132,28 @@ class DiffusionObjective(Objective):
         epsilon = noise.normal(*x_0.shape[1:])
         t = (noise.stratified_uniform() * len(self.scheduler)).long().to(x_0.device)
         x_t = self.scheduler.add_noise(x_0, epsilon, t)
-        prediction = model(x_t, t, class_labels=self.labels(batch, noise)).sample
-        return F.mse_loss(prediction.float(), self.target(x_0, epsilon, t)), {}
+        output = model(x_t, t, class_labels=self.labels(batch, noise)).sample.float()
+        if output.shape == x_0.shape:
+            return F.mse_loss(output, self.target(x_0, epsilon, t)), {}
+        return self.hybrid_loss(output, x_0, epsilon, t, x_t)
+
+    def hybrid_loss(
+        self, output: torch.Tensor, x_0: torch.Tensor, epsilon: torch.Tensor, t: torch.Tensor, x_t: torch.Tensor
+    ) -> tuple[torch.Tensor, Terms]:
+        """L_simple + 0.001 L_vlb, in nats per dimension, of which the second teaches the variance alone.
+
+        Nichol and Dhariwal 2021, eq. (16). L_vlb is the sum over the T timesteps; one drawn evenly stands for T of them.
+        """
+        prediction, variance = output.chunk(2, dim=1)
+        simple = F.mse_loss(prediction, self.target(x_0, epsilon, t))
+        if self.scheduler.config.variance_type == "learned":
+            # sigma_t^2 itself, which a network can miss below 0: it counts as the least there is, but learns as what it is.
+            least = self.scheduler.posterior(x_0, t, x_t).log_variance.exp()
+            variance = variance + (torch.maximum(variance, least) - variance).detach()
+        fixed_mean = torch.cat([prediction.detach(), variance], dim=1)
+        bound = self.scheduler.bound_term(fixed_mean, t, x_t, x_0, self.bin_width).mean()
+        bound = bound * len(self.scheduler) / x_0[0].numel()
+        return simple + VARIANCE_WEIGHT * bound, {"simple": simple, "bound": bound}
 
     def target(self, x_0: torch.Tensor, epsilon: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         kind = self.scheduler.config.prediction_type
