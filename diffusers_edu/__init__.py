@@ -4,6 +4,8 @@ The names, in the ladder's order. Importing this package registers them with dif
 `DiffusionPipeline.from_pretrained` loads what the project saves, with no `trust_remote_code`.
 """
 
+from typing import Any
+
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.pipelines import pipeline_loading_utils
@@ -38,19 +40,16 @@ def _register() -> None:
     """
     pipeline_loading_utils.LOADABLE_CLASSES[__name__] = _LOADABLE
     for name in __all__:
-        ours, theirs = globals()[name], getattr(diffusers, name, None)
-        if theirs is not None and theirs is not ours:
+        mine, theirs = globals()[name], getattr(diffusers, name, None)
+        if theirs is not None and theirs is not mine:
             raise ImportError(f"this version of diffusers has a class {name} of its own, with which ours would be confused")
-        setattr(diffusers, name, ours)
+        setattr(diffusers, name, mine)
     # A configuration of ours that another scheduler has saved keeps our keys; these classes then know whose they are.
-    for name in EduDDPMScheduler._compatibles:
-        stock = getattr(diffusers, name, None)
-        if (
-            isinstance(stock, type)
-            and issubclass(stock, SchedulerMixin)
-            and EduDDPMScheduler.__name__ not in stock._compatibles
-        ):
-            stock._compatibles = [*stock._compatibles, EduDDPMScheduler.__name__]
+    ours = EduDDPMScheduler
+    for name in ours._compatibles:
+        stock: Any = getattr(diffusers, name, None)
+        if ours.__name__ not in getattr(stock, "_compatibles", [ours.__name__]):
+            stock._compatibles = [*stock._compatibles, ours.__name__]
 
 
 _register()

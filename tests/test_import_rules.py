@@ -14,6 +14,7 @@ SHIPPED = [
     *ROOT.glob("pipelines/pipeline_*.py"),
 ]
 WORK = [path for folder in ("training", "evaluation", "hub") for path in (PACKAGE / folder).rglob("*.py")]
+WORK += [PACKAGE / "schedulers" / "fitting.py"]
 SCRIPTS = list(ROOT.glob("scripts/*.py"))
 ALLOWED_IN_SHIPPED = {*sys.stdlib_module_names, "torch", "numpy", "diffusers", "transformers"}
 
