@@ -10,7 +10,6 @@ Timesteps count from 0 (the least noise) to T - 1, as everywhere in diffusers. O
 grid's next timestep below t, and alpha_t, beta_t become alpha_{t|s} = alpha_bar_t / alpha_bar_s and 1 - alpha_{t|s}.
 """
 
-import json
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,8 +29,6 @@ VARIANCE_TYPES = (
     "fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range", "analytic"
 )  # fmt: skip
 TIMESTEP_SPACINGS = ("leading", "trailing", "linspace")
-# The keys that no stock scheduler has, with their defaults.
-OWN_KEYS = {"eta": 1.0, "rescale_betas_to_timesteps": False, "prediction_errors": None}
 FAR_FROM_NOISE = 0.05  # an alpha_bar_T above this leaves more than a fifth of the image, sqrt(0.05), in x_T
 
 
@@ -240,12 +237,6 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
     def __len__(self) -> int:
         """T."""
         return len(self.betas)
-
-    def to_json_string(self) -> str:
-        """The configuration as text, without our own keys where they are at their defaults: `DDPMScheduler`'s file then."""
-        config = json.loads(super().to_json_string())
-        kept = {key: value for key, value in config.items() if key not in OWN_KEYS or value != OWN_KEYS[key]}
-        return json.dumps(kept, indent=2, sort_keys=True) + "\n"
 
     # ---------------------------------------------------------------------------------------------- forward process
 
