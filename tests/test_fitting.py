@@ -89,7 +89,7 @@ def test_the_shortest_path_is_that_of_a_search_of_all():
 def test_fitted_timesteps_stray_less_from_the_flow_than_even_ones_and_serve_any_scheduler():
     pipe = pipeline(uneven=True, timestep_spacing="trailing")
     grid = fit_timesteps(pipe, 6)
-    assert len(grid) == 6 and grid == sorted(set(grid), reverse=True) and grid[0] == 999
+    assert len(grid) == 6 and grid == sorted(set(grid), reverse=True)
 
     def end(scheduler, **grid):
         scheduler.set_timesteps(**grid)
