@@ -85,6 +85,8 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             if guided:
                 unconditional, conditional = output.chunk(2)
                 output = unconditional + guidance_scale * (conditional - unconditional)
+                # A learned variance, in further channels, is no direction to go further in.
+                output[:, latents.shape[1] :] = conditional[:, latents.shape[1] :]
             latents = self.scheduler.step(output, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:
                 seen = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)

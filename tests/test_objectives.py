@@ -155,7 +155,7 @@ def test_the_hybrid_loss_finds_the_best_variance(kind):
         def __init__(self):
             super().__init__()
             self.head = torch.nn.Parameter(torch.zeros(20) if kind == "learned_range" else torch.full((20,), 1e-3))
-            self.config = type("Config", (), {"num_class_embeds": None})
+            self.config = type("Config", (), {"num_class_embeds": None, "in_channels": 1, "out_channels": 2})
 
         def forward(self, x, t, class_labels=None):
             sigma = (1 - scheduler.alphas_cumprod[t]).sqrt().reshape(-1, 1, 1, 1)

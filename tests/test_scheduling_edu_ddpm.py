@@ -594,3 +594,50 @@ def test_a_step_asks_for_no_value_of_a_tensor(prediction):
                 assert scheduler.add_noise(x, x, t).shape == x.shape
     x = randn(2, 1, 4, 4)  # and the scheduler has kept nothing of it
     assert scheduler.step(x, torch.tensor([5, 7]), x).prev_sample.isfinite().all()
+
+
+def test_a_model_with_a_learned_variance_can_be_sampled_with_another():
+    x = randn(2, 1, 4, 4)
+    output = torch.cat([torch.sin(x), torch.cos(x)], 1)
+    scheduler = EduDDPMScheduler()
+    a, b = (scheduler.step(out, 500, x, generator=seeded()).prev_sample for out in (output, output[:, :1]))
+    assert torch.equal(a, b)
+
+
+def test_a_learned_variance_below_zero_leaves_no_hole_in_the_image():
+    scheduler = EduDDPMScheduler(variance_type="learned")
+    x = randn(2, 1, 4, 4)
+    output = torch.cat([x, torch.full_like(x, -0.1)], 1)
+    for t in (500, 1, 0, torch.tensor([500, 0])):
+        assert scheduler.step(output, t, x).prev_sample.isfinite().all()
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+def test_gradients_pass_and_callers_tensors_stay_as_they_are(prediction):
+    scheduler = EduDDPMScheduler(prediction_type=prediction)
+    x, output = randn(2, 1, 4, 4).requires_grad_(), randn(2, 1, 4, 4, seed=1).requires_grad_()
+    before = x.detach().clone(), output.detach().clone()
+    for t in (500, torch.tensor([500, 3])):
+        scheduler.step(output, t, x).prev_sample.sum().backward()
+    assert torch.equal(x.detach(), before[0]) and torch.equal(output.detach(), before[1])
+    assert x.grad.abs().sum() > 0 and output.grad.abs().sum() > 0
+
+
+def test_float64_samples_keep_their_precision_beside_a_float32_model():
+    scheduler, x = EduDDPMScheduler(eta=0.5), randn(1, 1, 2, 2).double() + 1e-10
+    result = scheduler.step(x.float(), 500, x, generator=seeded()).prev_sample
+    assert result.dtype == torch.float64 and not torch.equal(result, result.float().double())
+
+
+def test_custom_timesteps_come_as_any_sequence_and_belong_to_the_scheduler():
+    grid = np.arange(0, 1000, 100)
+    scheduler = EduDDPMScheduler()
+    scheduler.set_timesteps(timesteps=grid[::-1])
+    given = torch.tensor([900, 500, 100])
+    scheduler.set_timesteps(timesteps=given)
+    given[0] = 7
+    assert scheduler.timesteps.tolist() == [900, 500, 100]
+    with pytest.raises(ValueError, match="integers"):
+        scheduler.set_timesteps(timesteps=[500.7, 3.2])
+    with pytest.raises(ValueError, match="timesteps must lie within"):
+        scheduler.step(randn(2, 1, 2, 2), torch.tensor([1000, 1]), randn(2, 1, 2, 2))

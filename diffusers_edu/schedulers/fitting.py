@@ -1,7 +1,8 @@
 """A scheduler fitted to a model: the best variance of its reverse steps, the best timesteps, and the way from an image to its noise.
 
 `pipeline` is any with a `unet` that is called as `unet(x_t, t).sample` and an `EduDDPMScheduler` as its `scheduler`: `DDPMPipeline`,
-`LatentDiffusionPipeline`. `samples` are x_0 as its model sees them, float (N, C, H, W): images in [-1, 1], or scaled latents.
+`LatentDiffusionPipeline` (of classes, the one that stands for none is used). `samples` are x_0 as its model sees them, float
+(N, C, H, W): images in [-1, 1], or scaled latents.
 """
 
 from typing import Any, NamedTuple
@@ -26,7 +27,15 @@ def fit_variance(pipeline: Any, samples: torch.Tensor, per_timestep: int = 32, b
         per_timestep: samples drawn at every timestep; 32 of 64 pixels give the variance to a few percent.
         batch_size: of the model's evaluations.
         seed: of the draws.
+
+    Raises:
+        ValueError: no samples.
+        TypeError: the scheduler is no `EduDDPMScheduler`.
     """
+    if len(samples) == 0 or per_timestep < 1:
+        raise ValueError(
+            f"there are {len(samples)} samples, and {per_timestep} to draw for a timestep; at least 1 is needed of each"
+        )
     unet, scheduler = pipeline.unet, pipeline.scheduler
     deterministic = without_noise(scheduler)
     generator = torch.Generator().manual_seed(seed)
@@ -37,7 +46,7 @@ def fit_variance(pipeline: Any, samples: torch.Tensor, per_timestep: int = 32, b
         t = t.to(unet.device)
         x_t = scheduler.add_noise(x_0, randn_tensor(x_0.shape, generator, unet.device, unet.dtype), t)
         predicted = deterministic.step(prediction(unet, x_t, t), t, x_t).pred_original_sample
-        errors.append((predicted - x_0).square().flatten(1).mean(1).double().cpu())
+        errors.append((predicted.float() - x_0.float()).square().flatten(1).mean(1).double().cpu())
     by_timestep = torch.cat(errors).reshape(-1, per_timestep).mean(1)
     return scheduler.from_config(scheduler.config, variance_type="analytic", prediction_errors=by_timestep.tolist())
 
@@ -162,10 +171,20 @@ def shortest_path(lengths: torch.Tensor, steps: int) -> list[int]:
 
 
 def without_noise(scheduler: Any, **changes: Any) -> Any:
-    """A copy whose steps add no noise (eta = 0), whatever the variance type."""
+    """A copy whose steps add no noise (eta = 0), whatever the variance type.
+
+    Raises:
+        TypeError: it is of another class, which has no eta.
+    """
+    if "eta" not in scheduler.config:
+        raise TypeError(
+            f"{type(scheduler).__name__} cannot be fitted: put EduDDPMScheduler.from_config(scheduler.config) in its place"
+        )
     return scheduler.from_config(scheduler.config, eta=0.0, variance_type="fixed_small", **changes)
 
 
 def prediction(unet: Any, x: torch.Tensor, t: Any) -> torch.Tensor:
-    """The model's output, less the second half of channels where it has learned a variance."""
-    return unet(x, t).sample[:, : x.shape[1]]
+    """The model's output, less the second half of channels where it has learned a variance; of classes, that for none."""
+    classes = getattr(unet.config, "num_class_embeds", None)
+    labels = {} if classes is None else {"class_labels": torch.full((len(x),), classes - 1, device=x.device)}
+    return unet(x, t, **labels).sample[:, : x.shape[1]]

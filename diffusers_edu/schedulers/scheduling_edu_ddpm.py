@@ -73,7 +73,7 @@ def make_betas(schedule: str, num_train_timesteps: int, beta_start: float, beta_
     if schedule == "scaled_linear":
         return torch.linspace(beta_start**0.5, beta_end**0.5, count, dtype=torch.float32) ** 2
     if schedule == "sigmoid":
-        return torch.sigmoid(torch.linspace(-6, 6, count)) * (beta_end - beta_start) + beta_start
+        return torch.sigmoid(torch.linspace(-6, 6, count, dtype=torch.float32)) * (beta_end - beta_start) + beta_start
     if schedule == "squaredcos_cap_v2":
         return _betas_from_alpha_bar(lambda u: math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2, count)
     if schedule == "laplace":
@@ -148,8 +148,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         steps_offset (`int`, defaults to 0): added to every timestep of the `leading` grid.
         rescale_betas_zero_snr (`bool`, defaults to `False`): see [`rescale_zero_terminal_snr`].
         eta (`float`, defaults to 1.0): how much fresh noise a step adds, from 0, none (DDIM, with the noise taken from the clipped
-            x_0), to 1, all of sigma_t (DDPM). A part of the configuration and no argument of `step`, to which Stable Diffusion
-            passes `eta=0.0` wherever there is one.
+            x_0; under `analytic`, what the model cannot know of x_0 stays), to 1, all of sigma_t (DDPM). A part of the configuration
+            and no argument of `step`, to which Stable Diffusion passes `eta=0.0` wherever there is one.
         rescale_betas_to_timesteps (`bool`, defaults to `False`): see [`rescale_to_timesteps`]. The betas are written into the
             configuration as `trained_betas`, so that every scheduler made from it has the same.
         prediction_errors (list of T floats, *optional*): E|x_0 - predicted x_0|^2 per dimension at every timestep, for the variance
@@ -201,7 +201,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             logger.warning(f"variance_type {variance_type!r} is none of {', '.join(VARIANCE_TYPES)}; taken for fixed_small")
 
         if trained_betas is not None:
-            self.betas = torch.as_tensor(np.asarray(trained_betas), dtype=torch.float32)
+            self.betas = torch.tensor(np.asarray(trained_betas), dtype=torch.float32)
         elif rescale_betas_to_timesteps:
             self.betas = rescale_to_timesteps(beta_schedule, num_train_timesteps, beta_start, beta_end)
             given = [key for key in self.config["_use_default_values"] if key != "trained_betas"]
@@ -222,7 +222,6 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
                 f"alpha_bar_T is {left:.3g} after {len(self)} timesteps: x_T is not noise but holds {left**0.5:.0%} of the image, "
                 "while sampling starts from pure noise. rescale_betas_to_timesteps=True spreads the schedule over them."
             )
-        self._is_stochastic = eta > 0 or variance_type == "analytic"
         if prediction_errors is not None and len(prediction_errors) != len(self):
             raise ValueError(f"there are {len(prediction_errors)} prediction_errors; there must be {len(self)}, one a timestep")
 
@@ -294,7 +293,9 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         if (num_inference_steps is None) == (timesteps is None):
             raise ValueError("give set_timesteps either num_inference_steps or timesteps")
         if timesteps is not None:
-            grid = torch.as_tensor(timesteps, dtype=torch.int64)
+            grid = torch.tensor([int(t) for t in timesteps], dtype=torch.int64)
+            if any(int(t) != t for t in timesteps):
+                raise ValueError("custom timesteps must be integers")
             if len(grid) == 0 or bool((grid[1:] >= grid[:-1]).any()):
                 raise ValueError("custom timesteps must be strictly decreasing, and at least one")
             if grid[0] >= T or grid[-1] < 0:
@@ -322,10 +323,11 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _set_grid(self, grid: torch.Tensor, device: str | torch.device | None = None) -> None:
         """Everything a reverse step needs is a function of t alone once the grid is chosen: look-ups, no searches."""
         self.timesteps = grid.to(device)
-        rising = grid.flip(0).contiguous()
+        rising = grid.cpu().flip(0)
         index = torch.searchsorted(rising, torch.arange(len(self))) - 1
         self._previous = torch.where(index >= 0, rising[index], -1)
         self._set_table("reverse", *self._reverse_coefficients(self._previous, rising))
+        self._is_stochastic = self.config.eta > 0 or self.config.variance_type == "analytic"
         if device is not None:
             for process in self._tables:  # now, and not within a step, where it would wait for the device
                 self._copy(process, torch.empty(0, device=device))
@@ -354,7 +356,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         kind = self.config.variance_type
         if kind == "analytic":
             # The law of total variance: of the fresh noise, and of what the model cannot know of x_0.
-            errors = self.config.prediction_errors or [math.nan]
+            errors = [math.nan] if self.config.prediction_errors is None else self.config.prediction_errors
             variance = small + a**2 * torch.tensor(errors, dtype=torch.float64)
         else:
             variance = large if kind in ("fixed_large", "fixed_large_log") else small_above_0
@@ -382,7 +384,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         `v_prediction`: sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v, Salimans and Ho 2022, section 4.
 
         Raises:
-            ValueError: `epsilon` where alpha_bar_t is 0 (zero terminal SNR): noise alone says nothing of the image.
+            ValueError: `epsilon` where alpha_bar_t is 0 (zero terminal SNR): noise alone says nothing of the image. Under
+                torch.compile nothing is checked, and the result is not finite.
         """
         x_t = _upcast(sample)
         output = _upcast(model_output)
@@ -437,7 +440,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         a, b, _, _, beta_tilde, log_beta_tilde, _ = self._look_up("reverse", timestep, sample, original_samples)
         x_t = _upcast(sample)
-        mean = _weighted_sum((a, original_samples.to(x_t.dtype)), (b, x_t))
+        mean = _weighted_sum((a, _upcast(original_samples)), (b, x_t))
         return Gaussian(mean, *(torch.as_tensor(x, dtype=x_t.dtype, device=x_t.device) for x in (beta_tilde, log_beta_tilde)))
 
     def reverse(self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor) -> Gaussian:
@@ -463,7 +466,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         generator: torch.Generator | list[torch.Generator] | None = None,
         return_dict: bool = True,
     ) -> EduDDPMSchedulerOutput | tuple[torch.Tensor, torch.Tensor]:
-        """Draw x_s ~ p(x_s | x_t) = N(a x_0 + b x_t, eta^2 sigma_t^2 I), x_0 predicted by the model. With eta = 1, Ho et al. 2020,
+        """Draw x_s ~ p(x_s | x_t) = N(a x_0 + b x_t, sigma_t^2 I), x_0 predicted by the model. With eta = 1, Ho et al. 2020,
         eq. (6) and (7):
 
             a = sqrt(alpha_bar_s) beta_t / (1 - alpha_bar_t),    b = sqrt(alpha_t) (1 - alpha_bar_s) / (1 - alpha_bar_t)
@@ -488,8 +491,8 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         if self._is_stochastic and not (isinstance(timestep, int) and timestep == 0):
             noise = randn_tensor(sample.shape, generator=generator, device=sample.device, dtype=model_output.dtype)
             if predicted is not None:
-                predicted_sigma = self._learned_variance(predicted, log_small, log_large).sqrt()
-                sigma = predicted_sigma * (sigma > 0)  # which is 0 where x_s is the image
+                last = torch.as_tensor(sigma == 0, device=predicted.device)  # x_s is the image
+                sigma = torch.where(last, 0.0, self._learned_variance(predicted, log_small, log_large).sqrt())
             x_s = _upcast(noise).mul_(sigma)
         else:
             x_s = torch.zeros_like(x_t)
@@ -511,12 +514,13 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             timestep: t, to be reached; s is the grid's next below it. One for all or integers of shape (B,).
             sample: x_s, the shape of epsilon.
         """
-        t = torch.as_tensor(timestep)
-        s = self._previous.to(t.device)[t]
-        alpha_bar_t = self._alpha_bar.to(t.device)[t]
-        alpha_bar_s = torch.where(s >= 0, self._alpha_bar.to(t.device)[s.clamp(min=0)], 1.0)
+        t = torch.as_tensor(timestep).cpu()
+        s = self._previous[t]
+        alpha_bar_t, alpha_bar_s = self._alpha_bar[t], torch.where(s >= 0, self._alpha_bar[s.clamp(min=0)], 1.0)
         ratio = (alpha_bar_t / alpha_bar_s).sqrt()
         weight = (1 - alpha_bar_t).sqrt() - ratio * (1 - alpha_bar_s).sqrt()
+        if epsilon.shape != sample.shape:
+            raise ValueError(f"epsilon has shape {tuple(epsilon.shape)}, the sample {tuple(sample.shape)}")
         x_s = _upcast(sample)
         ratio, weight = (c.to(x_s).reshape(-1, *[1] * (x_s.ndim - 1)) for c in (ratio, weight))
         return ratio * x_s + weight * epsilon.to(x_s.dtype)
@@ -558,7 +562,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             ValueError: shapes that do not match, or eta = 0, which leaves q no variance.
         """
         if self.config.eta == 0:
-            raise ValueError("with eta = 0 a reverse step has no distribution; the bound needs eta > 0")
+            raise ValueError("with eta = 0 the posterior has no variance; the bound needs eta > 0")
         q = self.posterior(original_samples, timestep, sample)
         p = self.reverse(model_output, timestep, sample)
         squared_error = (q.mean - p.mean).square()
@@ -574,12 +578,14 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
     # ---------------------------------------------------------------------------------------------- helpers
 
     def _split(self, model_output: torch.Tensor, sample: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The prediction, shape of the sample, and under a learned variance the second half of the channels."""
+        """The prediction, shape of the sample, and under a learned variance the second half of the channels, else None."""
         kind, predicted = self.config.variance_type, None
         if kind in ("learned", "learned_range"):
             if model_output.shape[1] != 2 * sample.shape[1]:
                 raise ValueError(f"variance_type is {kind!r}, but the model's output has no second half that holds it")
             model_output, predicted = model_output.chunk(2, dim=1)
+        elif model_output.shape[1] == 2 * sample.shape[1]:
+            model_output = model_output.chunk(2, dim=1)[0]  # of a model that has learned a variance, where another is wanted
         if kind == "analytic" and self.config.prediction_errors is None:
             raise ValueError("variance_type is 'analytic', which needs prediction_errors: measure them with fit_variance")
         if model_output.shape != sample.shape:
@@ -590,7 +596,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         """sigma_t^2 from the second half of the model's channels. Nichol and Dhariwal 2021, eq. (15)."""
         predicted = _upcast(predicted)
         if self.config.variance_type == "learned":
-            return predicted
+            return self.config.eta**2 * predicted.clamp(min=1e-20)  # a network can miss it below 0
         share = (predicted + 1) / 2
         return torch.exp(share * log_large + (1 - share) * log_small)
 
@@ -641,7 +647,10 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         t = timestep.to(sample.device, torch.int64).reshape(-1)
         if len(t) not in (1, len(sample)):
             raise ValueError(f"there are {len(t)} timesteps for {len(sample)} samples; give one for each, or one for all")
-        columns = self._copy(process, sample).index_select(1, t)
+        try:
+            columns = self._copy(process, sample).index_select(1, t)
+        except (IndexError, RuntimeError) as error:
+            raise ValueError(f"timesteps must lie within 0 .. {len(self) - 1}") from error
         return columns.view(len(columns), -1, *[1] * (sample.ndim - 1)).unbind()
 
     def _copy(self, process: str, like: torch.Tensor) -> torch.Tensor:
@@ -661,7 +670,9 @@ def _weighted_sum(first: tuple, second: tuple) -> torch.Tensor:
 
 
 def _add(total: torch.Tensor, c: float | torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-    """total + c x, in place: fresh memory costs more than arithmetic."""
+    """total + c x, in place where its dtype holds the sum: fresh memory costs more than arithmetic."""
+    if x.dtype != total.dtype:
+        return total + c * x
     return total.addcmul_(x, c) if isinstance(c, torch.Tensor) else total.add_(x, alpha=c)
 
 
@@ -689,7 +700,7 @@ def _is_traced(x: torch.Tensor) -> bool:
 def _read(timestep: int | torch.Tensor) -> int | torch.Tensor:
     """t as an int, the fastest there is, where that can be had without waiting for a device or breaking a traced graph."""
     if torch.compiler.is_compiling():  # where an int would be a constant: a graph for every t
-        return torch.as_tensor(timestep)
+        return timestep if isinstance(timestep, torch.Tensor) else torch.full((), timestep, dtype=torch.int64)
     if not isinstance(timestep, torch.Tensor):
         return int(timestep)
     if timestep.ndim == 0 and timestep.is_cpu and type(timestep) is torch.Tensor:

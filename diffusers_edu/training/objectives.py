@@ -119,6 +119,9 @@ class DiffusionObjective(Objective):
     def __init__(self, model: Any, scheduler: Any, vae: Any = None, label_dropout: float = 0.1, bin_width: float | None = None):
         self.bin_width = bin_width
         self.model = model
+        if getattr(model.config, "out_channels", None) == 2 * getattr(model.config, "in_channels", 0):
+            # The bound is that of all T timesteps, whatever grid the pipeline's scheduler samples with.
+            self.chain = scheduler.from_config(scheduler.config, eta=1.0)
         self.scheduler = scheduler
         self.vae = None if vae is None else vae.requires_grad_(False).eval()
         self.label_dropout = label_dropout
@@ -146,12 +149,12 @@ class DiffusionObjective(Objective):
         """
         prediction, variance = output.chunk(2, dim=1)
         simple = F.mse_loss(prediction, self.target(x_0, epsilon, t))
-        if self.scheduler.config.variance_type == "learned":
+        if self.chain.config.variance_type == "learned":
             # sigma_t^2 itself, which a network can miss below 0: it counts as the least there is, but learns as what it is.
-            least = self.scheduler.posterior(x_0, t, x_t).log_variance.exp()
+            least = self.chain.posterior(x_0, t, x_t).log_variance.exp()
             variance = variance + (torch.maximum(variance, least) - variance).detach()
         fixed_mean = torch.cat([prediction.detach(), variance], dim=1)
-        bound = self.scheduler.bound_term(fixed_mean, t, x_t, x_0, self.bin_width).mean()
+        bound = self.chain.bound_term(fixed_mean, t, x_t, x_0, self.bin_width).mean()
         bound = bound * len(self.scheduler) / x_0[0].numel()
         return simple + VARIANCE_WEIGHT * bound, {"simple": simple, "bound": bound}
 
