@@ -226,9 +226,10 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             raise ValueError(f"there are {len(prediction_errors)} prediction_errors; there must be {len(self)}, one a timestep")
 
         self._tables: dict[str, torch.Tensor] = {}
-        self._rows: dict[str, list[list[float]]] = {}
+        self._rows: dict[str, list[tuple]] = {}
         self._copies: dict[tuple, torch.Tensor] = {}
-        self._set_table("forward", self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt())
+        signal, sigma = self._alpha_bar.sqrt(), (1 - self._alpha_bar).sqrt()
+        self._set_table("forward", signal, sigma, 1 / signal, sigma / signal, factors=(0, 2))
         self.init_noise_sigma = 1.0
         self.num_inference_steps: int | None = None
         self._set_grid(torch.arange(len(self) - 1, -1, -1))
@@ -252,7 +253,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         Raises:
             ValueError: shapes that do not match.
         """
-        signal, sigma = self._look_up("forward", timesteps, original_samples, noise)
+        signal, sigma, _, _ = self._look_up("forward", timesteps, original_samples, noise)
         return _cast(_weighted_sum((signal, _upcast(original_samples)), (sigma, _upcast(noise))), original_samples.dtype)
 
     def get_velocity(self, sample: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
@@ -260,7 +261,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         Args, shapes and errors as in `add_noise`; `sample` is x_0. Returns: v_t, shape and dtype of x_0.
         """
-        signal, sigma = self._look_up("forward", timesteps, sample, noise)
+        signal, sigma, _, _ = self._look_up("forward", timesteps, sample, noise)
         return _cast(_weighted_sum((signal, _upcast(noise)), (-sigma, _upcast(sample))), sample.dtype)
 
     def snr(self, timestep: int | torch.Tensor) -> torch.Tensor:
@@ -326,7 +327,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         rising = grid.cpu().flip(0)
         index = torch.searchsorted(rising, torch.arange(len(self))) - 1
         self._previous = torch.where(index >= 0, rising[index], -1)
-        self._set_table("reverse", *self._reverse_coefficients(self._previous, rising))
+        self._set_table("reverse", *self._reverse_coefficients(self._previous, rising), factors=(2,))
         self._is_stochastic = self.config.eta > 0 or self.config.variance_type == "analytic"
         if device is not None:
             for process in self._tables:  # now, and not within a step, where it would wait for the device
@@ -391,7 +392,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         output = _upcast(model_output)
         if self.config.prediction_type == "sample":
             return output
-        signal, sigma = self._look_up("forward", timestep, sample)
+        signal, sigma, inverse_signal, ratio = self._look_up("forward", timestep, sample)
         if self.config.prediction_type == "v_prediction":
             return _weighted_sum((signal, x_t), (-sigma, output))
         # Only a schedule that goes wrong pays for the check, which on an accelerator waits for the device.
@@ -400,7 +401,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
                 "alpha_bar is 0 at this timestep, where a prediction of epsilon determines no image: "
                 "with rescale_betas_zero_snr use prediction_type 'v_prediction' or 'sample'"
             )
-        return _weighted_sum((1 / signal, x_t), (-sigma / signal, output))
+        return _weighted_sum((inverse_signal, x_t), (-ratio, output))
 
     def convert_model_output(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, to: str
@@ -420,7 +421,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         x_0 = self.predict_original_sample(model_output, timestep, sample)
         if to == "sample":
             return x_0
-        signal, sigma = self._look_up("forward", timestep, sample)
+        signal, sigma, _, _ = self._look_up("forward", timestep, sample)
         epsilon = (_upcast(sample) - signal * x_0) / sigma
         return epsilon if to == "epsilon" else signal * epsilon - sigma * x_0
 
@@ -605,7 +606,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         _, _, sigma, _, _, log_small, log_large = self._look_up("reverse", t, self._alpha_bar)
         if predicted_variance is not None:
             return self._learned_variance(predicted_variance, log_small, log_large)
-        return torch.tensor(sigma) ** 2
+        return sigma**2
 
     def _bound(self, x_0: torch.Tensor) -> torch.Tensor:
         """Dynamic thresholding (Saharia et al. 2022, section 2.3) or clipping of the predicted image, if either is on."""
@@ -620,15 +621,20 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             return clamp(-config.clip_sample_range, config.clip_sample_range)
         return x_0
 
-    def _set_table(self, process: str, *coefficients: torch.Tensor) -> None:
+    def _set_table(self, process: str, *coefficients: torch.Tensor, factors: tuple[int, ...]) -> None:
+        """Tables of coefficients, each of shape (T,), by process; for t on the host also as rows of numbers.
+
+        The `factors`, by which a tensor is multiplied first, stay float32 tensors of no dimension: a number becomes one at every use.
+        """
         self._tables[process] = torch.stack(coefficients)
-        self._rows[process] = self._tables[process].T.tolist()
+        columns = [x.float().unbind() if i in factors else x.tolist() for i, x in enumerate(coefficients)]
+        self._rows[process] = list(zip(*columns, strict=True))
         self._copies = {key: copy for key, copy in self._copies.items() if key[0] != process}
 
     def _look_up(
         self, process: str, timestep: int | torch.Tensor, sample: torch.Tensor, other: torch.Tensor | None = None
     ) -> Any:
-        """The coefficients at t: floats for one t on the host, else tensors that broadcast over the sample.
+        """The coefficients at t: numbers for one t on the host, else tensors that broadcast over the sample.
 
         A value on the host is the fastest weight there is, but reading it waits for an accelerator and breaks a traced graph.
 
@@ -643,7 +649,9 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             rows = self._rows[process]
             if not 0 <= timestep < len(rows):
                 raise ValueError(f"timestep is {timestep}; it must lie within 0 .. {len(rows) - 1}")
-            return rows[timestep]
+            if sample.dtype != torch.float64:
+                return rows[timestep]
+            timestep = torch.tensor(timestep)
         t = timestep.to(sample.device, torch.int64).reshape(-1)
         if len(t) not in (1, len(sample)):
             raise ValueError(f"there are {len(t)} timesteps for {len(sample)} samples; give one for each, or one for all")
