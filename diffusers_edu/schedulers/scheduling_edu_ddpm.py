@@ -11,6 +11,7 @@ grid's next timestep below t, and alpha_t, beta_t become alpha_{t|s} = alpha_bar
 """
 
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -45,6 +46,12 @@ class EduDDPMSchedulerOutput(BaseOutput):
 
     prev_sample: torch.Tensor
     pred_original_sample: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        # The base class looks for its fields anew in every output, which is dear where a step takes microseconds.
+        for name in ("prev_sample", "pred_original_sample"):
+            if self.__dict__[name] is not None:
+                OrderedDict.__setitem__(self, name, self.__dict__[name])
 
 
 class Gaussian(NamedTuple):
