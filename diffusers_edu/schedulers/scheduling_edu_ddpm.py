@@ -331,7 +331,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
     def _set_grid(self, grid: torch.Tensor, device: str | torch.device | None = None) -> None:
         """Everything a reverse step needs is a function of t alone once the grid is chosen: look-ups, no searches."""
         self.timesteps = grid.to(device)
-        rising = grid.cpu().flip(0)
+        rising = grid.flip(0)
         index = torch.searchsorted(rising, torch.arange(len(self))) - 1
         self._previous = torch.where(index >= 0, rising[index], -1)
         self._set_table("reverse", *self._reverse_coefficients(self._previous, rising), factors=(2,))
@@ -522,13 +522,13 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
             timestep: t, to be reached; s is the grid's next below it. One for all or integers of shape (B,).
             sample: x_s, the shape of epsilon.
         """
+        if epsilon.shape != sample.shape:
+            raise ValueError(f"epsilon has shape {tuple(epsilon.shape)}, the sample {tuple(sample.shape)}")
         t = torch.as_tensor(timestep).cpu()
         s = self._previous[t]
         alpha_bar_t, alpha_bar_s = self._alpha_bar[t], torch.where(s >= 0, self._alpha_bar[s.clamp(min=0)], 1.0)
         ratio = (alpha_bar_t / alpha_bar_s).sqrt()
         weight = (1 - alpha_bar_t).sqrt() - ratio * (1 - alpha_bar_s).sqrt()
-        if epsilon.shape != sample.shape:
-            raise ValueError(f"epsilon has shape {tuple(epsilon.shape)}, the sample {tuple(sample.shape)}")
         x_s = _upcast(sample)
         ratio, weight = (c.to(x_s).reshape(-1, *[1] * (x_s.ndim - 1)) for c in (ratio, weight))
         return ratio * x_s + weight * epsilon.to(x_s.dtype)
@@ -540,8 +540,9 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
 
         x_T is at the first timestep of the grid, where sampling starts from pure noise.
         """
-        alpha_bar = self._alpha_bar[self.timesteps[0].cpu()].to(_upcast(original_samples))
-        terms = alpha_bar * (_upcast(original_samples).square() - 1) - torch.log1p(-alpha_bar)
+        x_0 = _upcast(original_samples)
+        alpha_bar = self._alpha_bar[self.timesteps[0].cpu()].to(x_0)
+        terms = alpha_bar * (x_0.square() - 1) - torch.log1p(-alpha_bar)
         return 0.5 * terms.flatten(1).sum(1)
 
     def bound_term(

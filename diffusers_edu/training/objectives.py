@@ -119,6 +119,7 @@ class DiffusionObjective(Objective):
     def __init__(self, model: Any, scheduler: Any, vae: Any = None, label_dropout: float = 0.1, bin_width: float | None = None):
         self.bin_width = bin_width
         self.model = model
+        self.chain: Any = None
         if getattr(model.config, "out_channels", None) == 2 * getattr(model.config, "in_channels", 0):
             # The bound is that of all T timesteps, whatever grid the pipeline's scheduler samples with.
             self.chain = scheduler.from_config(scheduler.config, eta=1.0)
@@ -136,7 +137,7 @@ class DiffusionObjective(Objective):
         t = (noise.stratified_uniform() * len(self.scheduler)).long().to(x_0.device)
         x_t = self.scheduler.add_noise(x_0, epsilon, t)
         output = model(x_t, t, class_labels=self.labels(batch, noise)).sample.float()
-        if output.shape == x_0.shape:
+        if self.chain is None:
             return F.mse_loss(output, self.target(x_0, epsilon, t)), {}
         return self.hybrid_loss(output, x_0, epsilon, t, x_t)
 
