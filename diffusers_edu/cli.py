@@ -1,7 +1,9 @@
-"""`diffusers-edu train | ladder | evaluate`: parses, calls, prints. A person's mistake is one line and exit status 2."""
+"""`diffusers-edu train | ladder | evaluate | ema`: parses, calls, prints. A person's mistake is one line and exit status 2."""
 
 import argparse
+import errno
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -78,11 +80,23 @@ def evaluate(arguments: list[str]) -> None:
     evaluate_run(Path(parsed.run), parsed.num_samples, parsed.num_inference_steps, parsed.seed)
 
 
-COMMANDS = {"train": train, "ladder": ladder, "evaluate": evaluate}
+def ema(arguments: list[str]) -> None:
+    """Save a run's pipeline with a moving average of another length (for runs trained with --ema_sigma_rel)."""
+    parser = Parser(prog="diffusers-edu ema", description=ema.__doc__)
+    parser.add_argument("run", help="the folder of a trained pipeline")
+    parser.add_argument("output", help="the folder to write to")
+    parser.add_argument("--sigma_rel", type=float, required=True, help="the length, a share of the run: 0.01 to 0.25")
+    parsed = parser.parse_args(arguments)
+    from .ladder import average_run
+
+    average_run(Path(parsed.run), Path(parsed.output), parsed.sigma_rel)
+
+
+COMMANDS = {"train": train, "ladder": ladder, "evaluate": evaluate, "ema": ema}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. Exit status: 0 done; 2 a mistake in what was asked, or a training that diverged."""
+    """Run a command. Exit status: 0 done; 2 a mistake in what was asked, or a training that diverged; 143 stopped by SIGTERM."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="diffusers-edu", description="From a denoising autoencoder to latent diffusion.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
@@ -90,11 +104,20 @@ def main(arguments: list[str] | None = None) -> None:
         commands.add_parser(name, help=command.__doc__, add_help=False)
     command = parser.parse_args(arguments[:1]).command
     from .training.configuration import UsageError
+    from .training.launch import Preempted
 
     try:
         COMMANDS[command](arguments[1:])
     except (UsageError, FloatingPointError) as error:
         fail(str(error))
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        fail(f"{error.filename or 'a file'} cannot be written ({error.strerror}); make room, and the same command goes on")
+    except Preempted as stopped:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"diffusers-edu: {stopped}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 if __name__ == "__main__":

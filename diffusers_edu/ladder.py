@@ -14,6 +14,8 @@ from .evaluation.metrics import Estimate, measure
 from .evaluation.sampling import sample
 from .rungs import RUNGS, configuration, train_rung
 from .story import SHOWN, Ladder, Measured, as_json, page, steps_argument
+from .training.averages import synthesise
+from .training.checkpoints import write_pipeline
 from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError
 from .training.data import ImageData, load_data
 from .training.log import LOG_NAME, read_log
@@ -69,17 +71,16 @@ def write(path: Path, text: str) -> None:
 
 def train_and_measure(config: TrainingConfig, held_out: ImageData, num_samples: int, seed: int) -> Measured:
     """Train a rung, load what was saved as anyone would, draw samples and measure them."""
-    start = time.perf_counter()
     train_rung(config)
-    train_seconds = time.perf_counter() - start
     pipeline = load(config.output_dir)
     steps = RUNGS[config.rung].num_inference_steps
     start = time.perf_counter()
     samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
     sample_seconds = time.perf_counter() - start
     metrics = measure(samples.flatten(1), held_out.images.flatten(1), seed)
-    losses = [(int(line["step"]), line["loss"]) for line in read_log(Path(config.output_dir) / LOG_NAME)]
-    return Measured(config.rung, pipeline, train_seconds, samples, sample_seconds, metrics, losses, steps)
+    log = read_log(Path(config.output_dir) / LOG_NAME)
+    losses = [(int(line["step"]), line["loss"]) for line in log]
+    return Measured(config.rung, pipeline, log[-1]["seconds"], samples, sample_seconds, metrics, losses, steps)
 
 
 def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, seed: int) -> None:
@@ -107,6 +108,21 @@ def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, s
     samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
     for name, images in (("samples", samples), ("floor", train.images)):
         print(json.dumps({name: as_json(measure(images.flatten(1), held_out.images.flatten(1), seed))}))
+
+
+def average_run(run: Path, output: Path, sigma_rel: float) -> None:
+    """Save a run's pipeline with another average of its weights: a power-function profile of the length `sigma_rel`.
+
+    Raises:
+        UsageError: the folder holds no run that kept averages, or the output cannot be written.
+    """
+    weights = synthesise(run, sigma_rel)
+    if not (run / "model_index.json").exists():
+        raise UsageError(f"{run} holds no pipeline: its training has not ended")
+    pipeline = load(str(run))
+    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
+    next(model for model in models if model.state_dict().keys() == weights.keys()).load_state_dict(weights)
+    write_pipeline(pipeline, output)
 
 
 def load(folder: str) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate.utils import set_seed
@@ -17,6 +18,7 @@ from .pipelines.pipeline_vae import VAEPipeline
 from .schedulers.scheduling_edu_ddpm import EduDDPMScheduler
 from .training.configuration import TrainingConfig, UsageError
 from .training.data import ImageData, load_data
+from .training.dry_run import describe
 from .training.launch import make_accelerator
 from .training.objectives import DenoisingObjective, DiffusionObjective, Objective, VariationalObjective
 from .training.trainer import train
@@ -68,6 +70,7 @@ def build_unet(
         up_block_types=("UpBlock2D",) * len(widths),
         norm_num_groups=8,
         add_attention=False,
+        dropout=config.dropout,
         num_class_embeds=num_class_embeds,
     )
 
@@ -103,7 +106,7 @@ def build_latent_diffusion(config: TrainingConfig, data: ImageData) -> Diffusion
         raise UsageError(f"--resolution {data.resolution}: the vae of {config.vae_path} takes multiples of {downsampling}")
     num_classes = None
     if config.class_conditional:
-        if data.labels is None:
+        if not data.class_names:
             raise UsageError("--class_conditional: the data has no class labels")
         num_classes = len(data.class_names) + 1
     size = data.resolution // downsampling
@@ -170,7 +173,7 @@ RUNGS: dict[str, Rung] = {
         "Gaussian, and every reverse step is a term of the evidence lower bound.",
         build=build_ddpm,
         objective=lambda pipeline, config, data: DiffusionObjective(
-            pipeline.unet, pipeline.scheduler, bin_width=2 / data.max_value
+            pipeline.unet, pipeline.scheduler, snr_gamma=config.snr_gamma, bin_width=2 / data.max_value
         ),
         defaults=dict(max_train_steps=1400, train_batch_size=128, learning_rate=4e-3),
         num_inference_steps=50,
@@ -180,7 +183,11 @@ RUNGS: dict[str, Rung] = {
         change="The same diffusion, of the codes of the variational autoencoder: it replaces the prior, and keeps the decoder.",
         build=build_latent_diffusion,
         objective=lambda pipeline, config, data: DiffusionObjective(
-            pipeline.unet, pipeline.scheduler, pipeline.vae, config.label_dropout
+            pipeline.unet,
+            pipeline.scheduler,
+            pipeline.vae,
+            dropout=config.conditioning_dropout_prob,
+            snr_gamma=config.snr_gamma,
         ),
         defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3, kl_weight=0.2),
         num_inference_steps=50,
@@ -204,7 +211,7 @@ def configuration(rung: str, **changes: Any) -> TrainingConfig:
 
 
 def train_rung(config: TrainingConfig) -> Any:
-    """Train a rung and save its pipeline in `config.output_dir`; return the pipeline.
+    """Train a rung and save its pipeline in `config.output_dir`; return the pipeline. With `dry_run`, print what that would need.
 
     `latent_diffusion` without a `vae_path` trains its VAE first, for as many steps, in the folder `vae_rung` of its own; one that
     is there already is used.
@@ -213,22 +220,33 @@ def train_rung(config: TrainingConfig) -> Any:
     if config.push_to_hub and get_token() is None:
         raise UsageError("--push_to_hub: you are not logged in; run 'hf auth login' or set HF_TOKEN")
     build_config = config
-    if config.rung == "latent_diffusion" and config.vae_path is None:
+    own_vae = config.rung == "latent_diffusion" and config.vae_path is None
+    if own_vae and not config.dry_run:
         build_config = replace(config, vae_path=train_own_vae(config))
 
     rung = RUNGS[config.rung]
     accelerator = make_accelerator(config)
-    with accelerator.main_process_first():  # one process decodes and fills the caches, the others read them
-        data, _ = load_data(config)
+    with accelerator.local_main_process_first():  # one process of a machine decodes and fills the caches, the others read them
+        data, held_out = load_data(config)
     set_seed(config.seed)
     try:
-        pipeline = rung.build(build_config, data)
+        with TemporaryDirectory() as folder:
+            if own_vae and config.dry_run:  # an untrained one is as large
+                RUNGS["vae"].build(config, data).save_pretrained(folder)
+                build_config = replace(config, vae_path=folder)
+            pipeline = rung.build(build_config, data)
     except UsageError:
         raise
     except ValueError as error:
         raise UsageError(f"--resolution {data.resolution}: {error}") from error
     pipeline.set_progress_bar_config(disable=True)
-    train(pipeline, rung.objective(pipeline, config, data), data, config, accelerator)
+    objective = rung.objective(pipeline, config, data)
+    if config.dry_run:
+        accelerator.print(describe(objective, data, config, accelerator))
+        return pipeline
+    steps = rung.num_inference_steps
+    sampling = {} if steps is None else {"num_inference_steps": min(steps, config.num_train_timesteps)}
+    train(pipeline, objective, data, held_out, config, accelerator, sampling)
     if config.push_to_hub and accelerator.is_main_process:
         try:
             pipeline.push_to_hub(config.hub_model_id or Path(config.output_dir).name)
@@ -242,8 +260,10 @@ def train_own_vae(config: TrainingConfig) -> str:
     """Train the VAE of a latent rung, unless that has been done; return its folder."""
     shared = (
         *("dataset_name", "dataset_config_name", "train_data_dir", "image_column", "resolution", "posterior", "kl_weight"),
+        *("center_crop", "random_flip", "on_bad_image", "streaming", "shuffle_buffer"),
         *("seed", "max_train_steps", "train_batch_size", "gradient_accumulation_steps", "mixed_precision"),
         *("dataloader_num_workers", "checkpointing_steps", "checkpoints_total_limit", "logging_steps"),
+        *("validation_steps", "validation_samples"),
     )
     chosen = {name: getattr(config, name) for name in shared}
     resume = "latest" if config.resume_from_checkpoint else None

@@ -115,7 +115,7 @@ def section(rung: Measured, ladder: Ladder) -> Section:
 
 def signed(data: ImageData, indices: Iterable[int]) -> torch.Tensor:
     """Some images as the models see them, float32 (N, C, H, W) in [-1, 1]."""
-    return data.__getitems__(list(indices))["images"]
+    return data.batch(list(indices))["images"]
 
 
 def record(rung: Measured, count: int, seed: int) -> list[Step]:

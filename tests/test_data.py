@@ -2,15 +2,25 @@
 
 import io
 
+import datasets
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
 
+from diffusers_edu.training import data as data_module
 from diffusers_edu.training.configuration import TrainingConfig, UsageError
-from diffusers_edu.training.data import ImageData, load_data
+from diffusers_edu.training.data import Augmentation, ImageData, Visits, load_data
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory, monkeypatch):
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    return cache
 
 
 def load(folder, **kwargs):
@@ -71,19 +81,32 @@ def test_digits_are_split_as_agreed_and_scaled():
         assert abs(part.pixels[:, 0].numpy() - images).max() == 0
         assert part.labels.tolist() == target.tolist()
         assert abs(np.bincount(target) / len(target) - np.bincount(digits.target) / 1797).max() < 0.002
-    batch = train.__getitems__(list(range(1257)))["images"]
+    batch = train.batch(list(range(1257)))["images"]
     assert torch.equal(batch.unique(), torch.linspace(-1, 1, 17))
     assert torch.equal(train.images, (batch + 1) / 2)
     with pytest.raises(UsageError, match="--resolution 16"):
         load_data(TrainingConfig(dataset_name="digits", resolution=16))
 
 
-def test_a_batch_is_its_items():
-    data = ImageData(torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2), 11, torch.tensor([4, 5, 6]))
-    batch = data.__getitems__([2, 0])
+def test_a_batch_has_the_images_asked_for_their_labels_and_captions():
+    pixels = torch.arange(12, dtype=torch.uint8).reshape(3, 1, 2, 2)
+    data = ImageData(pixels, 11, torch.tensor([4, 5, 6]), captions=["a", "b", "c"])
+    batch = data.batch([2, 0])
     assert batch["labels"].tolist() == [6, 4]
-    assert torch.equal(batch["images"], torch.stack([data[2]["images"], data[0]["images"]]))
+    assert batch["captions"] == ["c", "a"]
+    assert (batch["images"] - (pixels[[2, 0]] / 11 * 2 - 1)).abs().max() < 1e-6
     assert [batch["images"].min(), batch["images"].max()] == [-1, 1]
+    flipped = data.batch([2, 0], Augmentation([False, True], [0.0, 0.0]))["images"]
+    assert torch.equal(flipped, torch.stack([batch["images"][0], batch["images"][1].flip(-1)]))
+
+
+def test_the_first_images_keep_what_is_known_of_them():
+    data = ImageData(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), 11, torch.tensor([4, 5, 6]), ["x"], ["a", "b", "c"])
+    assert data.head(3) is data
+    first = data.head(2)
+    assert len(first) == 2
+    assert first.batch([1])["labels"].tolist() == [5]
+    assert first.batch([1])["captions"] == ["b"]
 
 
 def picture_cases():
@@ -162,8 +185,6 @@ def test_held_out_images_take_size_and_colour_of_those_to_train_on(tmp_path):
 
 
 def test_parquet_files_written_by_datasets(tmp_path):
-    import datasets
-
     features = datasets.Features({"picture": datasets.Image(), "kind": datasets.ClassLabel(names=["cat", "dog"])})
     columns = {"picture": [Image.fromarray(flat(100 * (i % 2) + i)) for i in range(5)], "kind": [i % 2 for i in range(5)]}
     datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "a.parquet"))
@@ -243,3 +264,162 @@ def test_16_bit_grey_keeps_its_intensity_and_floating_point_is_refused(tmp_path)
     assert sorted({int(value) for part in both for value in part.pixels.unique()}) == [0, 1, 128, 255]
     Image.fromarray(np.full((8, 8), 0.5, dtype=np.float32)).save(tmp_path / "half.tiff")
     assert "half.tiff" in refusal(tmp_path)
+
+
+def both(parts):
+    """The pixels of the two parts together."""
+    return torch.cat([part.pixels for part in parts])
+
+
+def as_pixels(batch):
+    return ((batch["images"] + 1) * 127.5).round().byte()
+
+
+@pytest.mark.parametrize("sizes", [[(8, 20)], [(20, 8)], [(8, 20), (8, 8), (30, 8), (12, 18)]], ids=["wide", "tall", "mixed"])
+def test_random_crops_are_windows_of_the_whole_image_at_the_resolution(sizes, tmp_path):
+    images = [noise(*sizes[i % len(sizes)], seed=i) for i in range(10)]
+    save(tmp_path, images)
+    train, held_out = load(tmp_path, resolution=8, center_crop=False)
+    whole = [
+        image if 8 in image.shape else np.asarray(Image.fromarray(image).resize((12, 8), Image.BICUBIC)) for image in images
+    ]
+    strips = [strip.permute(1, 2, 0).numpy() for strip in train.strips]
+    assert all(any(np.array_equal(strip, image) for image in whole) for strip in strips)
+    assert len(strips) == len(train) == 9 and held_out.strips is None
+    assert held_out.pixels.shape == (1, 3, 8, 8)
+    for index, strip in enumerate(train.strips):
+        windows = strip.unfold(1, 8, 1).unfold(2, 8, 1).permute(1, 2, 0, 3, 4).reshape(-1, 3, 8, 8)
+        count = len(windows)
+        cut = as_pixels(train.batch([index] * 5, Augmentation([False] * 5, [0.0, 0.3, 0.5, 0.8, 0.999])))
+        expected = [0, int(0.3 * count), count // 2, int(0.8 * count), count - 1]
+        assert torch.equal(cut, windows[expected])
+        assert torch.equal(train.pixels[index], windows[count // 2])
+
+
+def test_random_crops_reach_every_place_evenly_and_are_functions_of_seed_and_position(tmp_path):
+    ramp = np.arange(24, dtype=np.uint8)[None].repeat(8, 0)
+    save(tmp_path, [ramp] * 4)
+    train, _ = load(tmp_path, resolution=8, center_crop=False)
+
+    def places(seed, positions):
+        return as_pixels(Visits(train, seed, False)[positions])[:, 0, 0, 0].tolist()
+
+    found = places(0, list(range(1700)))
+    counts = np.bincount(found, minlength=17)
+    assert len(counts) == 17
+    assert abs(counts - 100).max() < 4.5 * 100**0.5
+    assert places(0, list(range(900, 1000))) == found[900:1000]
+    assert places(1, list(range(1700))) != found
+
+
+def test_half_of_the_images_are_flipped_a_function_of_seed_and_position(tmp_path):
+    save(tmp_path, [np.arange(8, dtype=np.uint8)[None].repeat(8, 0)] * 4)
+    train, _ = load(tmp_path)
+
+    def flipped(seed, positions):
+        images = as_pixels(Visits(train, seed, True)[positions])
+        there = images[:, 0, 0, 0] > 0
+        assert torch.equal(images, torch.where(there.reshape(-1, 1, 1, 1), train.pixels[:1].flip(-1), train.pixels[:1]))
+        return there.tolist()
+
+    found = flipped(0, list(range(1000)))
+    assert abs(sum(found) / 1000 - 1 / 2) < 4 * (1 / 4 / 1000) ** 0.5
+    assert flipped(0, list(range(300, 400))) == found[300:400]
+    assert flipped(1, list(range(1000))) != found
+
+
+def test_bad_images_are_skipped_and_counted_and_what_is_left_keeps_its_labels_and_captions(tmp_path):
+    levels = [10 * i for i in range(20)]
+    images = [png(flat(level)) for level in levels]
+    images[3], images[11], images[12] = b"no image", None, png(noise(64, 64))[:900]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["low", "high"]),
+                                  "text": datasets.Value("string")})  # fmt: skip
+    columns = {
+        "image": [image and {"bytes": image, "path": None} for image in images],
+        "label": [int(level >= 100) for level in levels],
+        "text": [f"level {level}" for level in levels],
+    }
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train-0.parquet"))
+    datasets.Dataset.from_dict({k: v[:3] for k, v in columns.items()}, features=features).to_parquet(
+        str(tmp_path / "test-0.parquet")
+    )
+    train, held_out = load(tmp_path, on_bad_image="skip", caption_column="text", resolution=8)
+    assert [len(train), train.skipped, len(held_out), held_out.skipped] == [17, 3, 3, 0]
+    for part in (train, held_out):
+        seen = part.pixels[:, 0, 0, 0]
+        assert torch.equal(part.labels, (seen >= 100).long())
+        assert part.captions == [f"level {level}" for level in seen.tolist()]
+    assert "row 3" in refusal(tmp_path, resolution=8)
+    again, _ = load(tmp_path, on_bad_image="skip", caption_column="text", resolution=8)
+    assert [again.skipped, again.captions] == [3, train.captions]
+    assert torch.equal(again.pixels, train.pixels) and torch.equal(again.labels, train.labels)
+
+
+def test_nothing_but_bad_images_is_refused(tmp_path):
+    write_parquet(tmp_path / "a.parquet", image=rows(*[b"no image"] * 4))
+    assert "none of its" in refusal(tmp_path, on_bad_image="skip")
+
+
+def test_captions_come_from_the_column_named_and_the_first_of_several_counts(tmp_path):
+    images = [flat(i) for i in range(6)]
+    texts = {"one": [f"level {i}" for i in range(5)] + [None], "many": [[f"level {i}", "other"] for i in range(5)] + [[]]}
+    write_parquet(tmp_path / "a.parquet", image=rows(*images), **texts)
+    for column in texts:
+        for part in load(tmp_path, caption_column=column):
+            assert part.captions == [f"level {i}" if i < 5 else "" for i in part.pixels[:, 0, 0, 0].tolist()]
+    assert all(part.captions is None and "captions" not in part.batch([0]) for part in load(tmp_path))
+    assert "--caption_column name: the columns are image, one, many" in refusal(tmp_path, caption_column="name")
+
+
+def decoded_count(monkeypatch):
+    """A list that grows by one with each image that is decoded."""
+    decoded, read = [], data_module.read_image
+    monkeypatch.setattr(data_module, "read_image", lambda row, index: decoded.append(index) or read(row, index))
+    return decoded
+
+
+@pytest.mark.parametrize("flags", [{}, {"center_crop": False, "resolution": 8}, {"on_bad_image": "skip"}], ids=str)
+def test_images_are_decoded_once(flags, tmp_path, monkeypatch, own_cache):
+    save(tmp_path, [noise(8, 10 + i, seed=i) for i in range(10)])
+    first = load(tmp_path, **flags)
+    monkeypatch.setattr(data_module, "read_image", lambda *_: pytest.fail("decoded again"))
+    second = load(tmp_path, **flags)
+    assert torch.equal(both(first), both(second))
+    for one, other in zip(first[0].strips or [], second[0].strips or [], strict=True):
+        assert torch.equal(one, other)
+    assert len(list((own_cache / "diffusers_edu").iterdir())) == 2
+
+
+def test_another_file_resolution_or_crop_is_decoded_anew(tmp_path, monkeypatch):
+    save(tmp_path, [flat(i) for i in range(10)])
+    decoded = decoded_count(monkeypatch)
+    load(tmp_path)
+    assert len(decoded) == 10
+    for flags in ({"resolution": 12}, {"resolution": 8, "center_crop": False}):
+        decoded.clear()
+        load(tmp_path, **flags)
+        assert len(decoded) >= 9
+    decoded.clear()
+    save(tmp_path, [flat(200)])
+    assert gap(load(tmp_path), [flat(200), *(flat(i) for i in range(1, 10))]) == 0
+    assert decoded
+    Image.fromarray(flat(77)).save(tmp_path / "10.png")
+    assert gap(load(tmp_path), [flat(200), *(flat(i) for i in range(1, 10)), flat(77)]) == 0
+
+
+def test_a_changed_parquet_file_is_decoded_anew(tmp_path):
+    for level in (10, 90):
+        write_parquet(tmp_path / "a.parquet", image=rows(*[flat(level + i) for i in range(5)]))
+        assert gap(load(tmp_path), [flat(level + i) for i in range(5)]) == 0
+
+
+def test_more_images_than_fit_into_memory_are_refused_before_any_is_decoded(tmp_path, monkeypatch):
+    save(tmp_path, [flat(i) for i in range(10)])
+    needed = 9 * 3 * 8 * 8
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": needed / 0.69}))
+    assert len(load(tmp_path)[0]) == 9
+    decoded = decoded_count(monkeypatch)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Memory", (), {"available": needed / 0.71}))
+    message = refusal(tmp_path)
+    assert "--resolution 8" in message and "--streaming" in message
+    assert not decoded

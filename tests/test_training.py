@@ -1,8 +1,6 @@
 """The training loop: what it writes, that a run goes on where it stopped, and that it is the same however it is split."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from diffusers_edu.rungs import RUNGS, configuration, train_rung
 from diffusers_edu.training import objectives
 from diffusers_edu.training.configuration import UsageError
 
-ROOT = Path(__file__).parents[1]
 TINY = {"dataset_name": "digits", "train_batch_size": 8, "max_train_steps": 6, "lr_warmup_steps": 2, "checkpointing_steps": 100}
 
 
@@ -142,12 +139,14 @@ def test_the_folder_of_another_run_is_refused_and_left_as_it_was(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-def test_a_new_start_leaves_no_checkpoints_of_the_old_one(tmp_path):
+def test_going_on_from_an_earlier_checkpoint_leaves_no_later_ones_and_ends_alike(tmp_path):
     run(tmp_path, checkpointing_steps=2)
-    torch.save({}, tmp_path / "checkpoint-6" / "of_the_old_run")
-    run(tmp_path, checkpointing_steps=3)
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-3", "checkpoint-6"]
-    assert not (tmp_path / "checkpoint-6" / "of_the_old_run").exists()
+    before = weights(tmp_path)
+    torch.save({}, tmp_path / "checkpoint-6" / "of_the_old_attempt")
+    run(tmp_path, checkpointing_steps=3, resume_from_checkpoint="checkpoint-2")
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
+    assert not (tmp_path / "checkpoint-6" / "of_the_old_attempt").exists()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
 
 
 def test_a_finished_run_resumed_is_left_as_it_is_and_can_be_made_longer(tmp_path):
@@ -204,48 +203,3 @@ def test_every_rung_trains_loads_without_trust_and_samples_the_same_pixels(rung,
     assert a.shape == (2, 8, 8, 1)
     assert (a - b).abs().max() < 1e-6  # weights that lie elsewhere in memory may take another kernel, an ulp away
     assert 0 <= a.min() <= a.max() <= 1
-
-
-LAUNCHES = {
-    "torchrun": [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29611"],
-    "accelerate": [
-        *[sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"],
-        *["--multi_gpu", "--num_processes", "2", "--main_process_port", "29612"],
-    ],
-}
-EVERY_RUNG = """
-import sys
-from diffusers_edu.cli import main
-if __name__ == "__main__":
-    for rung in sys.argv[2].split(","):
-        main(["train", "--rung", rung, "--output_dir", f"{sys.argv[1]}/{rung}", *sys.argv[3:]])
-"""
-
-
-def launch(launcher: list[str], *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([*launcher, *arguments], capture_output=True, text=True, timeout=600, cwd=ROOT)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("launcher", "rungs"), [("torchrun", list(RUNGS)), ("accelerate", ["vae"])])
-def test_two_processes_train_as_one_with_the_same_global_batch(launcher, rungs, tmp_path):
-    script = tmp_path / "every_rung.py"
-    script.write_text(EVERY_RUNG)
-    flags = ["--dataset_name", "digits", "--train_batch_size", "8", "--max_train_steps", "3"]
-    done = launch(LAUNCHES[launcher], str(script), str(tmp_path / "two"), ",".join(rungs), *flags)
-    assert done.returncode == 0, done.stderr[-3000:]
-    for rung in rungs:
-        vae = {"vae_path": str(tmp_path / "two" / "latent_diffusion" / "vae_rung")} if rung == "latent_diffusion" else {}
-        one = run(tmp_path / "one" / rung, rung, train_batch_size=16, max_train_steps=3, lr_warmup_steps=50, **vae)
-        assert (losses(one) - losses(tmp_path / "two" / rung)).abs().max() < 1e-5
-        DiffusionPipeline.from_pretrained(tmp_path / "two" / rung)
-
-
-@pytest.mark.slow
-def test_a_launch_that_silently_starts_fewer_processes_is_stopped(tmp_path):
-    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes", "2"]
-    arguments = ["--rung", "dae", "--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
-    done = launch(launcher, str(ROOT / "scripts" / "train.py"), *arguments)
-    assert done.returncode != 0
-    assert "asked for 2 processes, but 1 runs" in done.stderr
-    assert not (tmp_path / "run").exists()

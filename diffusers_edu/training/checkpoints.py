@@ -1,11 +1,39 @@
-"""Checkpoints: `checkpoint-<step>` folders, each whole or not there."""
+"""Checkpoints: `checkpoint-<step>` folders, each whole or not there, of safetensors and JSON. Nothing in them is unpickled.
 
+    model.safetensors      the weights
+    optimizer.safetensors  AdamW's moments, as `<parameter>/<moment>`
+    averages.safetensors   moving averages of the weights, as `<average>/<parameter>`
+    state.json             the step, the schedule, and the digests of the files
+
+Weights and moments are those of the whole model whatever its shards, so a checkpoint of one launch is good for any other.
+"""
+
+import hashlib
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
+from .averages import Averages, reshard
 from .configuration import TrainingConfig, UsageError
+from .launch import on_main
+
+STATE_NAME = "state.json"
+FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+Tensors = dict[str, torch.Tensor]
 
 
 def step_of(checkpoint: Path) -> int:
@@ -19,18 +47,16 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
-    """The checkpoint to go on from, or None to start anew.
+    """The checkpoint to go on from: the one named, or the newest; None to start anew.
 
     Raises:
-        UsageError: one was named that does not exist. `latest` where there is none yet is a start.
+        UsageError: one was named that does not exist, or it lies beyond the last step.
     """
     wanted = config.resume_from_checkpoint
-    if wanted is None:
-        return None
-    if wanted == "latest":
+    if wanted in (None, "latest"):
         path = next(reversed(checkpoints(Path(config.output_dir))), None)
     else:
-        path = Path(wanted) if Path(wanted).is_dir() else Path(config.output_dir) / wanted
+        path = Path(str(wanted)) if Path(str(wanted)).is_dir() else Path(config.output_dir) / str(wanted)
     if path is None:
         return None
     if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
@@ -42,23 +68,199 @@ def find_checkpoint(config: TrainingConfig) -> Path | None:
     )
 
 
+def remove(path: Path) -> None:
+    """Remove a folder; if that is cut off, what is left has a name that nobody looks for."""
+    aside = path.with_name(f"removing-{path.name}")
+    path.rename(aside)
+    shutil.rmtree(aside)
+
+
 def discard_later(output: Path, step: int) -> None:
-    """Remove the checkpoints of an earlier attempt from beyond the step that this one starts at."""
+    """Remove the checkpoints of an earlier attempt from beyond the step that this one starts at, and what was left half done."""
+    for path in [*output.glob("saving-*"), *output.glob("removing-*")]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
     for path in checkpoints(output):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            remove(path)
 
 
-def save_checkpoint(accelerator: Accelerator, output: Path, step: int, limit: int | None) -> None:
-    """Save the state aside and rename it, so that a checkpoint is whole or is not there; then drop the oldest over the limit."""
-    aside = output / f"saving-checkpoint-{step}"
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
+class TrainingState:
+    """All that a step changes: the weights, AdamW's moments, the learning rate's schedule, the averages, the loss scale.
+
+    Args:
+        model, optimizer: as the accelerator prepared them.
+        lr_scheduler: of the optimizer.
+        averages: of the weights.
+        accelerator: of the run.
+        total: rows of the global batch.
+    """
+
+    def __init__(self, model: Any, optimizer: Any, lr_scheduler: Any, averages: Averages, accelerator: Accelerator, total: int):
+        self.model, self.lr_scheduler, self.averages = model, lr_scheduler, averages
+        self.optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
+        self.accelerator, self.total = accelerator, total
+
+    def weights(self, average: str | None = None) -> Tensors:
+        """The weights of the whole model, or an average of them, on the host of the main process; {} on the others."""
+        with self.averages.applied(average):
+            found: Any = get_model_state_dict(self.model, options=FULL)
+            if not self.accelerator.is_main_process:
+                return {}
+            # Without shards on a CPU they are the weights themselves, which go on to change.
+            return {name: tensor.detach().cpu().clone() for name, tensor in found.items()}
+
+    def load_weights(self, weights: Tensors) -> None:
+        """Put weights of the whole model, held by the main process, into the model of every process."""
+        reshard(self.model)
+        set_model_state_dict(self.model, dict(weights), options=full_from_main())
+
+    def save(self, output: Path, step: int, limit: int | None) -> Path:
+        """Write `checkpoint-<step>` aside and rename it; then drop the oldest over the limit.
+
+        Raises:
+            UsageError: it cannot be written (a full disk); the checkpoints before it are left as they were.
+        """
+        moments: Any = get_optimizer_state_dict(self.model, self.optimizer, options=FULL)
+        parts: dict[str, Tensors] = {
+            "model": self.weights(),
+            "optimizer": {
+                f"{name}/{key}": tensor for name, state in moments.get("state", {}).items() for key, tensor in state.items()
+            },
+            "averages": {f"{a}/{name}": w for a in self.averages.members for name, w in self.weights(a).items()},
+        }
+        scaler = self.accelerator.scaler
+        schedule = {k: v for k, v in self.lr_scheduler.state_dict().items() if k != "lr_lambdas"}
+        state = {
+            "step": step,
+            "global_batch_size": self.total,
+            "launch": f"{self.accelerator.distributed_type.value}, {self.accelerator.num_processes} processes",
+            "lr_scheduler": schedule,
+            "param_groups": moments.get("param_groups"),
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "averages": {name: average.optimization_step for name, average in self.averages.members.items()},
+        }
         final = output / f"checkpoint-{step}"
-        shutil.rmtree(final, ignore_errors=True)
+        on_main(self.accelerator, lambda: write(final, parts, state, limit))
+        return final
+
+    def load(self, checkpoint: Path) -> None:
+        """Put back what `save` wrote.
+
+        Raises:
+            UsageError: the checkpoint is damaged, or of a run with another global batch.
+        """
+        parts: dict[str, Tensors] = {"model": {}, "optimizer": {}, "averages": {}}
+
+        def on_the_main_process() -> dict[str, Any]:
+            state = check(checkpoint)
+            if state["global_batch_size"] != self.total:
+                raise UsageError(
+                    f"{checkpoint} is of a run with {state['global_batch_size']} images a step, and this one has {self.total}; "
+                    "choose --train_batch_size and --gradient_accumulation_steps so that they are the same"
+                )
+            for name in parts:
+                parts[name].update(load_file(checkpoint / f"{name}.safetensors"))
+            return state
+
+        state = on_main(self.accelerator, on_the_main_process)
+        for name, step in state["averages"].items():
+            prefix = f"{name}/"
+            self.load_weights({k.removeprefix(prefix): v for k, v in parts["averages"].items() if k.startswith(prefix)})
+            self.averages.restore(name, step)
+        self.load_weights(parts["model"])
+        set_optimizer_state_dict(
+            self.model, self.optimizer, nested(parts["optimizer"], state["param_groups"]), options=full_from_main()
+        )
+        # The functions of the schedule are made anew from the configuration.
+        self.lr_scheduler.load_state_dict({**state["lr_scheduler"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
+        for group, learning_rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = learning_rate
+        if self.accelerator.scaler is not None and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def full_from_main() -> StateDictOptions:
+    """Options to give to all processes what the main one holds of the whole model."""
+    return StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=dist.is_initialized())
+
+
+def nested(moments: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """The state of an optimizer, from the tensors `<parameter>/<moment>`; {} where there are none."""
+    state: dict[str, Tensors] = {}
+    for name, tensor in moments.items():
+        parameter, moment = name.rsplit("/", 1)
+        state.setdefault(parameter, {})[moment] = tensor
+    return {"state": state, "param_groups": groups} if state else {}
+
+
+def write_pipeline(pipeline: Any, output: Path) -> None:
+    """Save a pipeline aside and move its parts into the run's folder, `model_index.json`, without which none is seen, last.
+
+    Raises:
+        UsageError: it cannot be written.
+    """
+    aside = output / "saving-pipeline"
+    index = "model_index.json"
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        pipeline.save_pretrained(str(aside))
+        (output / index).unlink(missing_ok=True)
+        for part in sorted(aside.iterdir(), key=lambda path: path.name == index):
+            if (output / part.name).is_dir():
+                remove(output / part.name)
+            part.replace(output / part.name)
+        aside.rmdir()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UsageError(f"{output} cannot be written ({reason_of(error)}); make room, and the same command goes on") from error
+
+
+def reason_of(error: Exception) -> str:
+    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
+
+
+def write(final: Path, parts: dict[str, Tensors], state: dict[str, Any], limit: int | None) -> None:
+    """The files of a checkpoint. The last to be written holds the digests of the others."""
+    aside = final.with_name(f"saving-{final.name}")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        for name, tensors in parts.items():
+            save_file(tensors, aside / f"{name}.safetensors")
+        state = {**state, "files": {path.name: digest(path) for path in sorted(aside.iterdir())}}
+        (aside / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
+        if final.exists():
+            remove(final)
         aside.rename(final)
-        if limit is not None:
-            for old in checkpoints(output)[:-limit]:
-                shutil.rmtree(old)
-    accelerator.wait_for_everyone()
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise UsageError(
+            f"{final} cannot be written ({reason_of(error)}): stopped, and earlier checkpoints "
+            "are kept; make room, and the same command goes on"
+        ) from error
+    for old in checkpoints(final.parent)[:-limit] if limit is not None else []:
+        remove(old)
+
+
+def check(checkpoint: Path) -> dict[str, Any]:
+    """The state of a checkpoint, once its files have been found to be those that were written.
+
+    Raises:
+        UsageError: a file is missing or another; the message names it.
+    """
+    damaged = f"{checkpoint} is damaged (%s); remove it, and the same command goes on from the one before"
+    try:
+        state = json.loads((checkpoint / STATE_NAME).read_text())
+        files: dict[str, str] = state["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(damaged % STATE_NAME) from error
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.is_file() or digest(path) != expected:
+            raise UsageError(damaged % name)
+    return state

@@ -1,25 +1,36 @@
 """Images for training and for measuring: decoded once, kept in memory as bytes, split once and for all."""
 
-import io
-from collections.abc import Iterable
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from .cache import cached
 from .configuration import TrainingConfig, UsageError
+from .images import BadImageError, as_tensor, crop, fit, read_image, upright_size
+from .randomness import EpochOrder, uniform_at
+from .sources import Columns, name_of, open_dataset, undecoded
 
-GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
-HELD_OUT_NAMES = ("test", "validation", "valid", "val")
+CHUNK = 512  # images decoded between two looks at the progress bar
 
 
 @dataclass
-class ImageData(Dataset):
+class Augmentation:
+    """What is done to each image of a batch: whether it is flipped from left to right, and where it is cropped, in [0, 1)."""
+
+    flip: list[bool]
+    crop: list[float]
+
+
+@dataclass
+class ImageData:
     """Square images of one size, in memory.
 
     Args:
@@ -27,25 +38,42 @@ class ImageData(Dataset):
         max_value: the largest grey level: 255, or 16 for the digits.
         labels: int64, shape (N,), or None.
         class_names: the name of each label.
+        captions: N strings, or None.
+        skipped: images that could not be read and were left out.
+        strips: where crops are random, the N images as they were before the crop, uint8 (C, H', W').
     """
 
     pixels: torch.Tensor
     max_value: int = 255
     labels: torch.Tensor | None = None
     class_names: list[str] = field(default_factory=list)
+    captions: list[str] | None = None
+    skipped: int = 0
+    strips: list[torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {name: value[0] for name, value in self.__getitems__([index]).items()}
+    def batch(self, indices: list[int], augmentation: Augmentation | None = None) -> dict[str, Any]:
+        """Some images as the models see them: `images`, float32 (B, C, H, W) in [-1, 1], and what `conditions` returns."""
+        if augmentation is None or self.strips is None:
+            pixels = self.pixels[indices]
+        else:
+            cut = [crop(self.strips[i], self.resolution, at) for i, at in zip(indices, augmentation.crop, strict=True)]
+            pixels = torch.stack(cut)
+        images = pixels.float() * (2 / self.max_value) - 1
+        if augmentation is not None and any(augmentation.flip):
+            images = torch.where(torch.tensor(augmentation.flip).reshape(-1, 1, 1, 1), images.flip(-1), images)
+        return {"images": images, **self.conditions(indices)}
 
-    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
-        """A whole batch at once: `images`, float32 (B, C, H, W) in [-1, 1], and `labels`, where there are any."""
-        batch = {"images": self.pixels[indices].float() * (2 / self.max_value) - 1}
+    def conditions(self, indices: list[int]) -> dict[str, Any]:
+        """What else is known of some images: `labels`, int64 (B,), and `captions`, a list of strings."""
+        found: dict[str, Any] = {}
         if self.labels is not None:
-            batch["labels"] = self.labels[indices]
-        return batch
+            found["labels"] = self.labels[indices]
+        if self.captions is not None:
+            found["captions"] = [self.captions[index] for index in indices]
+        return found
 
     @property
     def images(self) -> torch.Tensor:
@@ -60,37 +88,72 @@ class ImageData(Dataset):
     def resolution(self) -> int:
         return self.pixels.shape[2]
 
+    def fingerprint(self) -> str:
+        """A digest of the images."""
+        digest = hashlib.blake2b(f"{tuple(self.pixels.shape)} {self.max_value}".encode(), digest_size=16)
+        digest.update(self.pixels.contiguous().numpy().data)
+        return digest.hexdigest()
+
     def part(self, indices: Iterable[int]) -> "ImageData":
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
         labels = None if self.labels is None else self.labels[chosen]
         return ImageData(self.pixels[chosen], self.max_value, labels, self.class_names)
 
+    def head(self, count: int) -> "ImageData":
+        return self if count >= len(self) else self.part(range(count))
 
-def load_data(config: TrainingConfig) -> tuple[ImageData, ImageData]:
+
+class Visits(Dataset):
+    """What a run looks at, in its order. Position p of the run is the image order(p // N)[p % N], augmented as p says.
+
+    Args:
+        data: N images, or their latents.
+        seed: of the orders and the augmentations.
+        flip: whether half of the images are flipped.
+    """
+
+    def __init__(self, data: Any, seed: int, flip: bool):
+        self.data, self.seed, self.flip = data, seed, flip
+        self.order = EpochOrder(len(data), seed)
+
+    def __getitem__(self, positions: list[int]) -> dict[str, Any]:
+        return self.data.batch(self.order(positions), augmentation(self.seed, positions, self.flip))
+
+
+def augmentation(seed: int, positions: list[int], flip: bool) -> Augmentation:
+    """What is done to the images at some positions of a run, a function of (seed, position)."""
+    return Augmentation(
+        [flip and uniform_at(seed, "flip", position) < 0.5 for position in positions],
+        [uniform_at(seed, "crop", position) for position in positions],
+    )
+
+
+def load_data(config: TrainingConfig) -> tuple[Any, ImageData]:
     """The images to train on and the held-out images, on which alone anything is measured.
 
     `digits` has a split of its own. Another data set's held-out part is its test or validation split; where it has none, a tenth
-    of its images, the same at every call.
+    of its images, the same at every call. With `streaming` the first is a [`streaming.StreamedImages`], else an [`ImageData`].
 
     Raises:
-        UsageError: nothing there, no images in it, or an image that cannot be read (named).
+        UsageError: nothing there, no images in it, too many for the memory, or an image that cannot be read (named).
     """
     if config.dataset_name == "digits":
         return load_digits(config.resolution)
-    splits = open_dataset(config)
-    train_name = "train" if "train" in splits else next(iter(splits))
-    held_out_name = next((name for name in HELD_OUT_NAMES if name in splits and name != train_name), None)
-    train = decode(splits[train_name], config)
-    if held_out_name is not None:
-        held_out = decode(splits[held_out_name], replace(config, resolution=train.resolution))
-        if held_out.channels != train.channels:
-            held_out.pixels = as_channels(held_out.pixels, train.channels)
-        return train, held_out
-    if len(train) < 2:
-        raise UsageError(f"{name_of(config)} holds one image; training needs at least two, one of them held out")
-    order = np.random.default_rng(0).permutation(len(train))
-    cut = max(1, len(train) // 10)
-    return train.part(sorted(order[cut:])), train.part(sorted(order[:cut]))
+    train_split, held_out_split = open_dataset(config)
+    if config.streaming:
+        from .streaming import load_streams
+
+        return load_streams(train_split, held_out_split, config)
+    if held_out_split is None:
+        if len(train_split) < 2:
+            raise UsageError(f"{name_of(config)} holds one image; training needs at least two, one of them held out")
+        order = np.random.default_rng(0).permutation(len(train_split))
+        cut = max(1, len(train_split) // 10)
+        held_out_split, train_split = (train_split.select(sorted(part)) for part in (order[:cut], order[cut:]))
+    resolution = config.resolution or common_resolution(train_split, config)
+    train = decode(train_split, replace(config, resolution=resolution))
+    held_out = decode(held_out_split, replace(config, resolution=resolution, center_crop=True), train.channels)
+    return train, held_out
 
 
 def load_digits(resolution: int | None = None) -> tuple[ImageData, ImageData]:
@@ -107,115 +170,83 @@ def load_digits(resolution: int | None = None) -> tuple[ImageData, ImageData]:
     return data.part(train), data.part(held_out)
 
 
-def name_of(config: TrainingConfig) -> str:
-    return f"--dataset_name {config.dataset_name}" if config.dataset_name else f"--train_data_dir {config.train_data_dir}"
+def common_resolution(split: Any, config: TrainingConfig) -> int:
+    """The images' own size where all share one of at most 64, else 64; from their headers."""
+    columns = Columns.of(split.features, config)
+    rows = undecoded(split, columns.image, config)[columns.image]
+    sizes = {size for size in (upright_size(row) for row in rows) if size is not None}
+    return min(*sizes.pop(), 64) if len(sizes) == 1 else 64
 
 
-def open_dataset(config: TrainingConfig) -> dict[str, Any]:
-    """The splits of a named data set or of a folder, undecoded."""
-    import datasets
+def decode(split: Any, config: TrainingConfig, channels: int | None = None) -> ImageData:
+    """Decode every image of a split once: upright, at the resolution, grey where all are grey, else RGB.
 
-    datasets.disable_progress_bars()
-    try:
-        if config.train_data_dir is None:
-            loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name)
-        else:
-            folder = Path(config.train_data_dir)
-            if not folder.is_dir():
-                raise UsageError(f"--train_data_dir {folder}: there is no such folder")
-            if any(folder.rglob("*.parquet")):
-                loaded = datasets.load_dataset("parquet", data_dir=str(folder))
-            else:
-                loaded = datasets.load_dataset("imagefolder", data_dir=str(folder))
-    except UsageError:
-        raise
-    except Exception as error:  # the library raises many kinds; each means that there is nothing to train on
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{name_of(config)} cannot be loaded: {first_line}") from error
-    return {name: split for name, split in loaded.items() if len(split) > 0}
-
-
-def decode(split: Any, config: TrainingConfig) -> ImageData:
-    """Decode every image of a split once: upright, square, at one resolution, grey where all are grey, else RGB."""
-    import datasets
-
-    column = image_column(split, config)
-    label_column = next((n for n, f in split.features.items() if isinstance(f, datasets.ClassLabel)), None)
-    try:
-        rows = split.cast_column(column, datasets.Image(decode=False))[column]
-    except (TypeError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"--image_column {column}: that column of {name_of(config)} holds no images") from error
-    sizes = {open_image(row, i).size for i, row in enumerate(rows)} if config.resolution is None else set()
-    width, height = sizes.pop() if len(sizes) == 1 else (64, 64)
-    resolution = config.resolution or min(width, height, 64)
-
-    arrays = []
-    for i, row in enumerate(tqdm(rows, desc="decoding images", leave=False, disable=len(rows) < 1000)):
-        image = open_image(row, i)
-        arrays.append(np.asarray(ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)))
-    grey = all(array.ndim == 2 for array in arrays)
-    stacked = np.stack([a if grey or a.ndim == 3 else np.repeat(a[..., None], 3, axis=2) for a in arrays])
-    pixels = torch.from_numpy(stacked[:, None] if grey else stacked.transpose(0, 3, 1, 2).copy())
-    names = split.features[label_column].names if label_column else []
-    values = split[label_column] if label_column else [None]
-    # Folders of splits, without class folders in them, come with a column of labels all the same.
-    if None in values or set(names) <= {"train", *HELD_OUT_NAMES}:
-        return ImageData(pixels)
-    return ImageData(pixels, 255, torch.tensor(values, dtype=torch.int64), names)
-
-
-def image_column(split: Any, config: TrainingConfig) -> str:
-    """The column that holds images: the one named, the first of image type, or one that holds encoded bytes."""
-    import datasets
-
-    features = split.features
-    if config.image_column is not None:
-        if config.image_column not in features:
-            raise UsageError(f"--image_column {config.image_column}: the columns are {', '.join(features)}")
-        return config.image_column
-    for name, feature in features.items():
-        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
-            return name
-    raise UsageError(
-        f"{name_of(config)} has no column of images (columns: {', '.join(features)}); name one with --image_column"
-    )
-
-
-def open_image(row: dict[str, Any], index: int) -> Image.Image:
-    """An upright image of mode L or RGB; transparency becomes white.
+    What comes out is kept in the cache of `datasets`: the next run, and the other processes of this one, map it into memory.
 
     Raises:
-        UsageError: it cannot be read; the message names the file, or the row where there is none.
+        UsageError: an image that cannot be read, unless such are skipped; or more images than fit into memory.
     """
-    try:
-        opened = Image.open(io.BytesIO(row["bytes"]) if row.get("bytes") else row["path"])
-        image: Image.Image = ImageOps.exif_transpose(opened)
-        mode = image.mode
-        if mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        elif mode in ("I", "I;16", "I;16B", "F"):
-            array = np.asarray(image, dtype=np.float64)
-            if mode == "F" or array.min() < 0 or array.max() > 65535:
-                raise ValueError("its values are not those of 8 or 16 bits")
-            image = Image.fromarray((array / 257).round().astype(np.uint8))  # 65535 is white
-        return image.convert("L" if mode in GREY_MODES else "RGB")
-    except (
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ) as error:
-        name = (row.get("path") if isinstance(row, dict) else None) or f"row {index}"
-        raise UsageError(f"{name} is not an image that can be read; mend or remove it") from error
+    columns = Columns.of(split.features, config)
+    rows = undecoded(split, columns.image, config)
+    resolution = int(config.resolution or 64)
+    needed, there = len(rows) * 3 * resolution**2, psutil.virtual_memory().available
+    if needed > 0.7 * there:
+        raise UsageError(
+            f"--resolution {resolution}: {len(rows):,} images take up to {needed / 2**30:.1f} GiB, of {there / 2**30:.1f} that are "
+            "free; give a lower one, or --streaming"
+        )
+    key = (split._fingerprint, columns.image, resolution, config.center_crop, config.on_bad_image, channels)
+    parts = cached("images", *key, make=lambda: decode_rows(rows[columns.image], resolution, config, channels))
+    kept = parts["kept"].tolist()
+    if len(kept) < len(rows):
+        rows = rows.select(kept)
+    strips = list(unpack(parts["flat"], parts["sizes"])) if "flat" in parts else None
+    pixels = parts["pixels"] if strips is None else torch.stack([crop(strip, resolution, 0.5) for strip in strips])
+    labels = columns.labels(rows[columns.label]) if columns.label else None
+    captions = columns.captions(rows[columns.caption]) if columns.caption else None
+    class_names = columns.class_names if labels is not None else []
+    return ImageData(pixels, 255, labels, class_names, captions, len(split) - len(kept), strips)
 
 
-def as_channels(pixels: torch.Tensor, channels: int) -> torch.Tensor:
-    """Grey as RGB, or RGB as grey (the mean of the three)."""
-    if channels == 3:
-        return pixels.expand(-1, 3, -1, -1).contiguous()
-    return pixels.float().mean(1, keepdim=True).round().to(torch.uint8)
+def decode_rows(rows: Any, resolution: int, config: TrainingConfig, channels: int | None) -> dict[str, torch.Tensor]:
+    """The pixels of all rows that can be read, and which those are."""
+
+    def decoded(numbered: tuple[int, Any]) -> np.ndarray | None:
+        try:
+            return fit(read_image(numbered[1], numbered[0]), resolution, config.center_crop)
+        except BadImageError:
+            if config.on_bad_image == "error":
+                raise
+            return None
+
+    arrays: list[np.ndarray] = []
+    kept: list[int] = []
+    with (
+        ThreadPoolExecutor() as pool,
+        tqdm(total=len(rows), desc="decoding images", leave=False, disable=len(rows) < 1000) as bar,
+    ):
+        for start in range(0, len(rows), CHUNK):
+            numbers = range(start, min(start + CHUNK, len(rows)))
+            for number, array in zip(numbers, pool.map(decoded, ((i, rows[i]) for i in numbers)), strict=True):
+                if array is not None:
+                    arrays.append(array)
+                    kept.append(number)
+            bar.update(len(numbers))
+    if not arrays:
+        raise UsageError(f"{name_of(config)}: none of its {len(rows)} images can be read")
+    channels = channels or (1 if all(array.ndim == 2 for array in arrays) else 3)
+    tensors = [as_tensor(array, channels) for array in arrays]
+    found = {"kept": torch.tensor(kept)}
+    if config.center_crop:
+        return {**found, "pixels": torch.stack(tensors)}
+    sizes = torch.tensor([tensor.shape for tensor in tensors])
+    return {**found, "flat": torch.cat([tensor.flatten() for tensor in tensors]), "sizes": sizes}
+
+
+def unpack(flat: torch.Tensor, sizes: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Images of different sizes, from their bytes in one row."""
+    start = 0
+    for shape in sizes.tolist():
+        end = start + shape[0] * shape[1] * shape[2]
+        yield flat[start:end].reshape(shape)
+        start = end

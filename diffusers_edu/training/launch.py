@@ -1,19 +1,75 @@
-"""The accelerator of a run, and whether the launch got the processes that it asked for."""
+"""The accelerator of a run, whether the launch got the processes that it asked for, and what the processes agree on."""
 
 import os
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration, broadcast_object_list
+from torch import distributed as dist
 
 from .configuration import TrainingConfig, UsageError
 
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.accelerate_cli", "accelerate.commands.launch")
 LAUNCH_FILE = "accelerate/commands/launch.py"
+
+T = TypeVar("T")
+
+
+class Preempted(Exception):
+    """SIGTERM came; a checkpoint was saved. The message says how to go on."""
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, on every process; a `UsageError` that it raises, too."""
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except UsageError as error:
+            outcome[1] = str(error)
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise UsageError(outcome[1])
+    return outcome[0]
+
+
+class StopSignal:
+    """Whether SIGTERM has come to any process. A context: the signal's earlier meaning is put back at the end."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.received = False
+        # On the host, so that nothing waits for a device.
+        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+
+    def __enter__(self) -> "StopSignal":
+        self.before = None
+        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
+            self.before = signal.signal(signal.SIGTERM, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.before is not None:
+            signal.signal(signal.SIGTERM, self.before)
+
+    def _note(self, *_: object) -> None:
+        self.received = True
+
+    def agreed(self) -> bool:
+        """The same answer on every process; each must ask as often as the others."""
+        if self.group is None:
+            return self.received
+        flag = torch.tensor(int(self.received))
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
+        return bool(flag)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -34,7 +90,12 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error).splitlines()[0]) from error
-    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+    if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        shard_on_cpu(accelerator)
+    fsdp = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise UsageError("FSDP 1 is not supported: launch with --fsdp_version 2")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UsageError(f"{accelerator.distributed_type.value} shards the weights, which this trainer does not support")
     asked_for = processes_asked_for()
     if accelerator.num_processes != asked_for:
@@ -43,6 +104,15 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             f"'accelerate launch --multi_gpu --num_processes {asked_for}' or 'torchrun --nproc_per_node {asked_for}'"
         )
     return accelerator
+
+
+def shard_on_cpu(accelerator: Accelerator) -> None:
+    """Take up FSDP without a GPU, as torch can and Accelerate does not, so that a sharded run can be tried anywhere."""
+    plugin = FullyShardedDataParallelPlugin()
+    if accelerator.mixed_precision != "no":
+        plugin.set_mixed_precision(accelerator.mixed_precision)
+    accelerator.state.fsdp_plugin = plugin
+    accelerator.state.distributed_type = PartialState().distributed_type = DistributedType.FSDP
 
 
 def processes_asked_for() -> int:

@@ -28,12 +28,12 @@ class TrainingLog:
         self.pending: list[tuple[dict[str, float], dict[str, torch.Tensor]]] = []
         self.seconds_before = 0.0
         self.last: dict[str, float] = {}
-        kept = [line for line in read_log(path) if line["step"] <= start_step] if start_step else []
-        if kept:
-            self.seconds_before = kept[-1]["seconds"]
-        accelerator.wait_for_everyone()
+        self.skipped = 0.0
         if accelerator.is_main_process:
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            cut_log(path, start_step)
+            kept = read_log(path)
+            if kept:
+                self.seconds_before, self.skipped = kept[-1]["seconds"], kept[-1].get("skipped_images", 0.0)
         self.start = time.perf_counter()
 
     def add(self, step: int, learning_rate: float, values: dict[str, torch.Tensor]) -> None:
@@ -52,7 +52,7 @@ class TrainingLog:
         """
         if not self.pending:
             return
-        stacked = torch.stack([torch.stack([v.detach().float() for v in values.values()]) for _, values in self.pending])
+        stacked = torch.stack([torch.stack(list(values.values())) for _, values in self.pending])
         averaged = self.accelerator.reduce(stacked, reduction="mean").tolist()
         lines: list[dict[str, float]] = []
         for (facts, values), row in zip(self.pending, averaged, strict=True):
@@ -64,6 +64,9 @@ class TrainingLog:
                     f"the loss is {named['loss']} at step {facts['step']}: stopped, and earlier checkpoints are kept; "
                     "a lower --learning_rate or a longer --lr_warmup_steps may help"
                 )
+            if "skipped_images" in named:  # of the run so far; what comes in is the mean over the processes
+                self.skipped += round(named["skipped_images"] * self.accelerator.num_processes)
+                named["skipped_images"] = self.skipped
             self.last = {"step": facts["step"], **named, **facts}
             if facts["step"] % self.every == 0:
                 lines.append(self.last)
@@ -76,6 +79,14 @@ class TrainingLog:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
         for line in lines:
             self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+
+
+def cut_log(path: Path, step: int) -> None:
+    """Drop the lines of later steps, and one that was cut off in writing; in one piece."""
+    if path.exists():
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
+        aside.replace(path)
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

@@ -6,83 +6,116 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import EMAModel
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from .checkpoints import discard_later, find_checkpoint, save_checkpoint, step_of
+from .averages import Averages, discard_snapshots, save_snapshot, snapshot_steps, synthesise
+from .checkpoints import TrainingState, discard_later, find_checkpoint, step_of, write_pipeline
 from .configuration import TrainingConfig
-from .data import ImageData
-from .log import LOG_NAME, TrainingLog
+from .data import ImageData, Visits
+from .latents import encode_data
+from .launch import Preempted, StopSignal, on_main
+from .log import LOG_NAME, TrainingLog, cut_log
 from .objectives import Objective
-from .randomness import StepNoise, StepSampler
+from .randomness import AddressedDropout, StepNoise, derived_seed
+from .streaming import StreamedImages, StreamedVisits
+from .validation import VALIDATION_NAME, Validation
+
+MEASURED = 10_000  # images, at most, from which `Objective.finish` measures what the pipeline needs
 
 
-def train(pipeline: Any, objective: Objective, data: ImageData, config: TrainingConfig, accelerator: Accelerator) -> None:
+def train(
+    pipeline: Any,
+    objective: Objective,
+    data: Any,
+    held_out: ImageData,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    sampling: dict[str, Any] | None = None,
+) -> None:
     """Train `objective.model` and save the pipeline that holds it in `config.output_dir`.
 
-    Written there: the configuration before the first step, `log.jsonl`, `checkpoint-<step>/` folders, and at the end the pipeline,
-    with the averaged weights where `use_ema` is on. Randomness is addressed: see [`StepNoise`].
+    Written there: the configuration before the first step, `log.jsonl`, `validation.jsonl`, `samples/`, `checkpoint-<step>/` folders,
+    and at the end the pipeline, with the averaged weights where `use_ema` is on. A run that has been there goes on from its newest
+    checkpoint, to the same weights, bit for bit. Randomness is addressed: see [`StepNoise`].
 
     Args:
         pipeline: a diffusers pipeline that holds the objective's model.
         objective: what to descend.
-        data: the images to train on.
+        data: the images to train on, an [`ImageData`] or [`StreamedImages`].
+        held_out: images that are measured while the run goes on.
         config: the run; validated.
         accelerator: see [`launch.make_accelerator`].
+        sampling: arguments of the pipeline's call, such as `num_inference_steps`, for samples on the way.
 
     Raises:
-        UsageError: the folder holds another run, or there is no checkpoint to resume from.
+        UsageError: the folder holds another run, a checkpoint is damaged or not there, or nothing can be written.
         FloatingPointError: a loss that is not finite; the checkpoints before it are left as they were.
+        Preempted: SIGTERM came; a checkpoint was saved.
     """
     output = Path(config.output_dir)
-    checkpoint = find_checkpoint(config)
+    checkpoint = on_main(accelerator, lambda: prepare_folder(config))
     start_step = 0 if checkpoint is None else step_of(checkpoint)
-    if accelerator.is_main_process:
-        config.save()
-        discard_later(output, start_step)
-    accelerator.wait_for_everyone()
-    set_seed(config.seed)
-
     bare_model = objective.model.train()
     objective.to(accelerator.device)
+    vae = getattr(objective, "vae", None)
+    if vae is not None and isinstance(data, ImageData) and data.strips is None:
+        data = encode_data(vae, data, config.random_flip, config.train_batch_size, accelerator)
+
     optimizer, lr_scheduler = make_optimizer(bare_model, config)
     model, optimizer = accelerator.prepare(bare_model, optimizer)
-    ema = make_ema(bare_model, config)
-    accelerator.register_for_checkpointing(lr_scheduler, *([ema] if ema else []))
-
+    averages = Averages(model, config)
+    state = TrainingState(model, optimizer, lr_scheduler, averages, accelerator, global_batch_size(config, accelerator))
     if checkpoint is not None:
-        accelerator.load_state(str(checkpoint))
-        if ema:
-            ema.to(accelerator.device)
+        state.load(checkpoint)
     if config.report_to:
-        accelerator.init_trackers("diffusers_edu")
+        accelerator.init_trackers("diffusers_edu", config=config.as_hyperparameters())
+    validation = Validation(pipeline, objective, model, held_out, averages, accelerator, config, sampling or {})
     log = TrainingLog(output / LOG_NAME, config.logging_steps, accelerator, start_step)
     steps = optimiser_steps(model, objective, optimizer, lr_scheduler, data, config, accelerator, start_step)
     shown = {"desc": config.rung, "initial": start_step, "total": config.max_train_steps, "mininterval": 0.5}
     bar = tqdm(steps, disable=not accelerator.is_main_process, **shown)
-    for step, learning_rate, values in bar:
-        if ema:
-            ema.step(bare_model.parameters())
-        log.add(step, learning_rate, values)
-        if bar.format_dict["n"] % 20 == 0 and log.last:
-            bar.set_postfix(loss=f"{log.last['loss']:.4f}", refresh=False)
-        if step % config.checkpointing_steps == 0 or step == config.max_train_steps:
-            log.flush()
-            save_checkpoint(accelerator, output, step, config.checkpoints_total_limit)
-    log.flush()
+    kept = snapshot_steps(config)
+    with StopSignal(accelerator) as stop:
+        for step, learning_rate, values in bar:
+            averages.step()
+            log.add(step, learning_rate, values)
+            if step % 20 == 0 and log.last:
+                bar.set_postfix(loss=f"{log.last['loss']:.4f}", refresh=False)
+            if step in kept:
+                keep_averages(state, output, step)
+            if config.validation_steps and step % config.validation_steps == 0:
+                validation(step)
+            last, stopped = step == config.max_train_steps, stop.agreed()
+            if step % config.checkpointing_steps == 0 or last or stopped:
+                log.flush()
+                saved = state.save(output, step, config.checkpoints_total_limit)
+                if stopped and not last:
+                    raise Preempted(f"stopped by SIGTERM at step {step}; the same command goes on from {saved}")
+    finish(pipeline, objective, model, data, state, config, accelerator)
 
-    if ema:
-        ema.copy_to(bare_model.parameters())
-    accelerator.unwrap_model(model, keep_fp32_wrapper=False).eval()
-    objective.finish(batches_of(data, config.train_batch_size, accelerator.device))
-    if accelerator.is_main_process:
-        pipeline.save_pretrained(str(output))
-    accelerator.wait_for_everyone()
-    if config.report_to:
-        accelerator.end_training()
+
+def prepare_folder(config: TrainingConfig) -> Path | None:
+    """Write the configuration, and clear away what an earlier attempt left beyond the step that this one starts at.
+
+    Returns the checkpoint to go on from, if any. Nothing is changed where a `UsageError` is raised.
+    """
+    output = Path(config.output_dir)
+    config.check_folder()
+    checkpoint = find_checkpoint(config)
+    start_step = 0 if checkpoint is None else step_of(checkpoint)
+    config.save()
+    discard_later(output, start_step)
+    discard_snapshots(output, start_step)
+    cut_log(output / VALIDATION_NAME, start_step)
+    return checkpoint
+
+
+def global_batch_size(config: TrainingConfig, accelerator: Accelerator) -> int:
+    """Images of an optimiser step, over all processes and accumulated batches."""
+    return config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
 
 
 def optimiser_steps(
@@ -90,48 +123,68 @@ def optimiser_steps(
     objective: Objective,
     optimizer: Any,
     lr_scheduler: Any,
-    data: ImageData,
+    data: Any,
     config: TrainingConfig,
     accelerator: Accelerator,
     start_step: int,
 ) -> Iterator[tuple[int, float, dict[str, torch.Tensor]]]:
     """Take optimiser steps; yield after each its number, from 1, its learning rate, and its loss and terms on the device."""
     per_batch = config.train_batch_size * accelerator.num_processes
-    total = per_batch * config.gradient_accumulation_steps
+    total = global_batch_size(config, accelerator)
     first = accelerator.process_index * config.train_batch_size
-    rows = [range(start, start + config.train_batch_size) for start in range(first, total, per_batch)]
-    sampler = StepSampler(len(data), config.seed, rows, total, start_step, config.max_train_steps)
-    workers = config.dataloader_num_workers
-    loader = DataLoader(
-        data,
-        batch_sampler=sampler,
-        collate_fn=as_it_is,
-        num_workers=workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    batches = iter(loader)
+    parts = [range(start, start + config.train_batch_size) for start in range(first, total, per_batch)]
+    batches = iter(make_loader(data, parts, total, start_step, config, accelerator))
+    dropout = AddressedDropout(objective.model)  # whose names no wrapper has changed
     for step in range(start_step, config.max_train_steps):
+        # What draws from torch's own stream, against the rules, is at least the same after a restart.
+        torch.manual_seed(derived_seed(config.seed, "stray", step, accelerator.process_index))
         collected: list[dict[str, torch.Tensor]] = []
-        for part in rows:
-            batch = {name: value.to(accelerator.device, non_blocking=True) for name, value in next(batches).items()}
-            # The noise of a step is drawn for its whole global batch, so it is the same however that is split.
+        skipped = getattr(data, "skipped", 0) if step == 0 and accelerator.is_main_process else 0
+        for part in parts:
+            batch = on_device(next(batches), accelerator.device)
+            skipped += batch.pop("skipped", 0)
             noise = StepNoise(config.seed, step, part, total, accelerator.device)
-            with accelerator.accumulate(model):
+            with accelerator.accumulate(model), dropout.of(noise):
                 loss, terms = objective.loss(model, batch, noise)
-                accelerator.backward(loss)
+                accelerator.backward(loss.mean())
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            collected.append({"loss": loss.detach(), **{name: value.detach() for name, value in terms.items()}})
+            collected.append({name: value.detach().float().mean() for name, value in {"loss": loss, **terms}.items()})
         learning_rate = lr_scheduler.get_last_lr()[0]
         lr_scheduler.step()
-        yield step + 1, learning_rate, {name: torch.stack([v[name] for v in collected]).mean() for name in collected[0]}
+        values = {name: torch.stack([v[name] for v in collected]).mean() for name in collected[0]}
+        if config.on_bad_image == "skip":
+            values["skipped_images"] = torch.tensor(float(skipped), device=accelerator.device)
+        yield step + 1, learning_rate, values
+    dropout.remove()
+
+
+def make_loader(
+    data: Any, parts: list[range], total: int, start_step: int, config: TrainingConfig, accelerator: Accelerator
+) -> DataLoader:
+    """The batches of this process, for each step one for each of `parts`, its rows of the global batch."""
+    last = config.max_train_steps
+    options = {
+        "batch_size": None,  # batches come whole
+        "collate_fn": as_it_is,
+        "num_workers": config.dataloader_num_workers,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    if isinstance(data, StreamedImages):
+        return DataLoader(StreamedVisits(data, parts, total, start_step, last), **options)
+    positions = ([step * total + row for row in part] for step in range(start_step, last) for part in parts)
+    return DataLoader(Visits(data, config.seed, config.random_flip), sampler=positions, **options)
 
 
 def as_it_is(batch: Any) -> Any:
     """The collation of batches that the data set has put together itself."""
     return batch
+
+
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:
@@ -156,21 +209,62 @@ def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> tuple[torc
     return optimizer, schedule
 
 
-def make_ema(model: torch.nn.Module, config: TrainingConfig) -> EMAModel | None:
-    if not config.use_ema:
-        return None
-    return EMAModel(
-        model.parameters(),
-        decay=config.ema_max_decay,
-        use_ema_warmup=True,
-        inv_gamma=config.ema_inv_gamma,
-        power=config.ema_power,
-        foreach=True,
-    )
+def keep_averages(state: TrainingState, output: Path, step: int) -> None:
+    """Write the averages from which others can be made after the run."""
+    weights = {name: state.weights(name) for name in state.averages.members}
+
+    def write() -> None:
+        for name, tensors in weights.items():
+            save_snapshot(output, step, name, tensors)
+
+    on_main(state.accelerator, write)
 
 
-def batches_of(data: ImageData, size: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-    """All the data once, in order."""
-    for start in range(0, len(data), size):
-        batch = data.__getitems__(list(range(start, min(start + size, len(data)))))
-        yield {name: value.to(device) for name, value in batch.items()}
+def finish(
+    pipeline: Any,
+    objective: Objective,
+    model: torch.nn.Module,
+    data: Any,
+    state: TrainingState,
+    config: TrainingConfig,
+    accelerator: Accelerator,
+) -> None:
+    """Give the pipeline the weights that the run ends with, and save it."""
+    output = Path(config.output_dir)
+    weights: dict[str, torch.Tensor] = {}
+    sigma_rel = config.ema_sigma_rel if config.use_ema else None
+    if sigma_rel is None:
+        weights = state.weights(state.averages.shown)
+    else:
+        on_main(accelerator, lambda: weights.update(synthesise(output, sigma_rel)))
+    state.load_weights(weights)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+
+    def save() -> None:
+        if isinstance(objective.model, FSDPModule):
+            gather_model(pipeline, objective, weights)
+        objective.model.eval()
+        objective.finish(batches_of(data, config.train_batch_size, accelerator.device))
+        write_pipeline(pipeline, output)
+
+    on_main(accelerator, save)
+    if config.report_to:
+        accelerator.end_training()
+
+
+def gather_model(pipeline: Any, objective: Objective, weights: dict[str, torch.Tensor]) -> None:
+    """Put a whole model in place of this process's shards of it."""
+    sharded = objective.model
+    original: Any = next(kind for kind in type(sharded).__mro__ if not issubclass(kind, FSDPModule))
+    whole = original.from_config(sharded.config)
+    whole.load_state_dict(weights)
+    name = next(name for name, part in pipeline.components.items() if part is sharded)
+    pipeline.register_modules(**{name: whole})
+    objective.model = whole
+
+
+def batches_of(data: Any, size: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The first images once, in order."""
+    images = data.head(MEASURED)
+    for start in range(0, len(images), size):
+        yield on_device(images.batch(list(range(start, min(start + size, len(images))))), device)

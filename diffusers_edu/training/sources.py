@@ -1,0 +1,108 @@
+"""Where images come from: a named data set, a folder, parquet files; and which of their columns are which."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .configuration import TrainingConfig, UsageError
+
+HELD_OUT_NAMES = ("test", "validation", "valid", "val")
+
+
+def name_of(config: TrainingConfig) -> str:
+    return f"--dataset_name {config.dataset_name}" if config.dataset_name else f"--train_data_dir {config.train_data_dir}"
+
+
+def open_dataset(config: TrainingConfig) -> tuple[Any, Any]:
+    """The split to train on and the held-out one, undecoded; the second is None where there is none.
+
+    Raises:
+        UsageError: there is nothing there.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    try:
+        if config.train_data_dir is None:
+            loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name, streaming=config.streaming)
+        else:
+            folder = Path(config.train_data_dir)
+            if not folder.is_dir():
+                raise UsageError(f"--train_data_dir {folder}: there is no such folder")
+            kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
+            loaded = datasets.load_dataset(kind, data_dir=str(folder), streaming=config.streaming)
+    except UsageError:
+        raise
+    except Exception as error:  # the library raises many kinds; each means that there is nothing to train on
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UsageError(f"{name_of(config)} cannot be loaded: {first_line}") from error
+    splits = {name: split for name, split in loaded.items() if config.streaming or len(split) > 0}
+    train_name = "train" if "train" in splits else next(iter(splits))
+    held_out_name = next((name for name in HELD_OUT_NAMES if name in splits and name != train_name), None)
+    return splits[train_name], splits.get(held_out_name)
+
+
+@dataclass
+class Columns:
+    """Which columns of a data set are used: that of the images and, or None, those of class labels and of captions."""
+
+    image: str
+    label: str | None
+    class_names: list[str]
+    caption: str | None
+
+    @classmethod
+    def of(cls, features: dict[str, Any], config: TrainingConfig) -> "Columns":
+        """Those named in the configuration; else the first that holds images, and the first of class labels.
+
+        Raises:
+            UsageError: there is no such column.
+        """
+        import datasets
+
+        if config.caption_column is not None and config.caption_column not in features:
+            raise UsageError(f"--caption_column {config.caption_column}: the columns are {', '.join(features)}")
+        label = next((name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)), None)
+        class_names = features[label].names if label else []
+        # Folders of splits, without class folders in them, come with a column of labels all the same.
+        if set(class_names) <= {"train", *HELD_OUT_NAMES}:
+            label, class_names = None, []
+        return cls(image_column(features, config), label, class_names, config.caption_column)
+
+    def labels(self, values: Iterable[int | None]) -> torch.Tensor | None:
+        """Class labels as int64 (N,); None where some are missing."""
+        values = list(values)
+        return None if None in values else torch.tensor(values, dtype=torch.int64)
+
+    def captions(self, values: Iterable[Any]) -> list[str]:
+        """Captions; the first, where a row has several, and an empty one where it has none."""
+        return [str((value or [""])[0] if isinstance(value, list) else value or "") for value in values]
+
+
+def image_column(features: dict[str, Any], config: TrainingConfig) -> str:
+    """The column that holds images: the one named, the first of image type, or one that holds encoded bytes."""
+    import datasets
+
+    if config.image_column is not None:
+        if config.image_column not in features:
+            raise UsageError(f"--image_column {config.image_column}: the columns are {', '.join(features)}")
+        return config.image_column
+    for name, feature in features.items():
+        if isinstance(feature, datasets.Image) or (isinstance(feature, dict) and "bytes" in feature):
+            return name
+    raise UsageError(
+        f"{name_of(config)} has no column of images (columns: {', '.join(features)}); name one with --image_column"
+    )
+
+
+def undecoded(split: Any, column: str, config: TrainingConfig) -> Any:
+    """The split, with its images as bytes or paths."""
+    import datasets
+
+    try:
+        return split.cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise UsageError(f"--image_column {column}: that column of {name_of(config)} holds no images") from error

@@ -1,0 +1,182 @@
+"""The same run on one process and on several: on one machine, on two, and with sharded weights."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
+
+from diffusers_edu.rungs import RUNGS
+
+ROOT = Path(__file__).parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2"]
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+TWO = {
+    "torchrun": lambda port: [*TORCHRUN, "--master_port", port],
+    "accelerate": lambda port: [*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--main_process_port", port],
+    "fsdp": lambda port: [
+        *[*ACCELERATE, "--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"],
+        *["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", port],
+    ],
+}
+EVERY_RUNG = """
+import sys
+from accelerate.state import AcceleratorState
+from diffusers_edu.cli import main
+if __name__ == "__main__":
+    for rung in sys.argv[2].split(","):
+        main(["train", "--rung", rung, "--output_dir", f"{sys.argv[1]}/{rung}", *sys.argv[3:]])
+"""
+# Chance in every form: order, flips, dropout of weights and of labels.
+CHANCE = ["--rung", "latent_diffusion", "--dataset_name", "digits", "--class_conditional", "--dropout", "0.2", "--random_flip"]
+CHANCE += ["--lr_warmup_steps", "5", "--validation_steps", "20", "--validation_samples", "3", "--checkpointing_steps", "25"]
+
+
+def free_port() -> str:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return str(free.getsockname()[1])
+
+
+def environment(**changes: str) -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", **changes}
+
+
+def launch(launcher: list[str], *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+    command = [*launcher, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=ROOT, env=environment(**changes))
+
+
+def train(launcher: list[str], output: Path, *flags: str, **changes: str) -> Path:
+    done = launch(launcher, str(ROOT / "scripts" / "train.py"), "--output_dir", str(output), *flags, **changes)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
+def losses(output: Path) -> torch.Tensor:
+    return torch.tensor([json.loads(line)["loss"] for line in (output / "log.jsonl").read_text().splitlines()])
+
+
+def validation(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "validation.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def vae(tmp_path_factory):
+    flags = ["--rung", "vae", "--dataset_name", "digits", "--max_train_steps", "10", "--validation_steps", "0"]
+    return train([sys.executable], tmp_path_factory.mktemp("vae") / "vae", *flags)
+
+
+@pytest.fixture(scope="module")
+def one(vae, tmp_path_factory):
+    """50 steps on one process, batches of 32."""
+    flags = [*CHANCE, "--vae_path", str(vae), "--max_train_steps", "50", "--train_batch_size", "32"]
+    return train([sys.executable], tmp_path_factory.mktemp("one") / "run", *flags)
+
+
+def check_same(one: Path, other: Path) -> None:
+    assert len(losses(one)) == len(losses(other)) == 50
+    assert (losses(one) - losses(other)).abs().max() < 1e-5
+    for a, b in zip(validation(one), validation(other), strict=True):
+        for kind in ("raw", "ema"):
+            curves = torch.tensor([a[kind]["curve"], b[kind]["curve"]])
+            assert (curves[0] - curves[1]).abs().max() < 1e-5
+    a, b = (load_file(run / "unet" / "diffusion_pytorch_model.safetensors") for run in (one, other))
+    assert max((a[name] - b[name]).abs().max() for name in a) < 1e-3
+    samples = DiffusionPipeline.from_pretrained(other)(batch_size=2, num_inference_steps=3, output_type="np").images
+    assert samples.shape == (2, 8, 8, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", TWO)
+def test_two_processes_see_what_one_sees(launcher, vae, one, tmp_path):
+    flags = [*CHANCE, "--vae_path", str(vae), "--max_train_steps", "50", "--train_batch_size", "16"]
+    run = train(TWO[launcher](free_port()), tmp_path / "run", *flags)
+    state = json.loads((run / "checkpoint-50" / "state.json").read_text())
+    assert state["launch"] == ("FSDP, 2 processes" if launcher == "fsdp" else "MULTI_CPU, 2 processes")
+    check_same(one, run)
+
+
+@pytest.mark.slow
+def test_accumulated_batches_of_two_processes_are_one_batch(vae, one, tmp_path):
+    flags = [*CHANCE, "--vae_path", str(vae), "--max_train_steps", "50", "--train_batch_size", "8"]
+    check_same(one, train(TWO["torchrun"](free_port()), tmp_path / "run", *flags, "--gradient_accumulation_steps", "2"))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_one_launch_is_good_for_another(vae, one, tmp_path):
+    """Begun on two processes with sharded weights, gone on with on one."""
+    flags = [*CHANCE, "--vae_path", str(vae), "--max_train_steps", "50"]
+    begun = train(TWO["fsdp"](free_port()), tmp_path / "run", *flags, "--train_batch_size", "16")
+    for later in ("model_index.json", "validation.jsonl"):
+        (begun / later).unlink()
+    flags += ["--train_batch_size", "32", "--resume_from_checkpoint", "checkpoint-25"]
+    train([sys.executable], begun, *flags)
+    a, b = losses(one), losses(begun)
+    assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+def test_two_machines_train_as_one(vae, one, tmp_path):
+    flags = [*CHANCE, "--vae_path", str(vae), "--max_train_steps", "50", "--train_batch_size", "16"]
+    port, runs = free_port(), []
+    for rank in range(2):
+        launcher = [
+            *[*ACCELERATE, "--multi_gpu", "--num_processes", "2", "--num_machines", "2", "--machine_rank", str(rank)],
+            *["--main_process_ip", "127.0.0.1", "--main_process_port", port],
+        ]
+        # Nothing but the network is shared: each machine has a folder and a cache of its own.
+        output = tmp_path / f"machine_{rank}"
+        command = [*launcher, str(ROOT / "scripts" / "train.py"), "--output_dir", str(output), *flags]
+        own = environment(HF_HOME=str(tmp_path / f"cache_{rank}"))
+        runs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env=own))
+    said = [run.communicate(timeout=600)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    check_same(one, tmp_path / "machine_0")
+    assert not (tmp_path / "machine_1" / "model_index.json").exists()
+
+
+@pytest.mark.slow
+def test_every_rung_trains_on_two_processes_and_loads(tmp_path):
+    script = tmp_path / "every_rung.py"
+    script.write_text(EVERY_RUNG)
+    flags = ["--dataset_name", "digits", "--train_batch_size", "8", "--max_train_steps", "3", "--validation_steps", "2"]
+    done = launch(TWO["torchrun"](free_port()), str(script), str(tmp_path / "two"), ",".join(RUNGS), *flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch([sys.executable], str(script), str(tmp_path / "one"), ",".join(RUNGS), *flags, "--train_batch_size", "16")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rung in RUNGS:
+        assert (losses(tmp_path / "one" / rung) - losses(tmp_path / "two" / rung)).abs().max() < 1e-5
+        DiffusionPipeline.from_pretrained(tmp_path / "two" / rung)
+
+
+@pytest.mark.slow
+def test_a_mistake_on_several_processes_is_said_once(tmp_path):
+    flags = ["--rung", "dae", "--dataset_name", "digits", "--resume_from_checkpoint", "nowhere", "--output_dir", str(tmp_path)]
+    done = launch(TWO["torchrun"](free_port()), str(ROOT / "scripts" / "train.py"), *flags)
+    assert done.returncode != 0
+    assert done.stderr.count("diffusers-edu: error: --resume_from_checkpoint nowhere") == 1
+
+
+@pytest.mark.slow
+def test_a_launch_that_silently_starts_fewer_processes_is_stopped(tmp_path):
+    arguments = ["--rung", "dae", "--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
+    done = launch([*ACCELERATE, "--cpu", "--num_processes", "2"], str(ROOT / "scripts" / "train.py"), *arguments)
+    assert done.returncode != 0
+    assert "asked for 2 processes, but 1 runs" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_sharding_of_the_older_kind_is_refused(tmp_path):
+    arguments = ["--rung", "dae", "--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
+    sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}
+    done = launch(TWO["torchrun"](free_port()), str(ROOT / "scripts" / "train.py"), *arguments, **sharded)
+    assert done.returncode != 0
+    assert "launch with --fsdp_version 2" in done.stderr
