@@ -19,6 +19,7 @@ from .training.checkpoints import write_pipeline
 from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError
 from .training.data import ImageData, load_data
 from .training.log import LOG_NAME, read_log
+from .training.trainer import batches_of
 
 FEWEST = 10  # samples that figures can be made of
 
@@ -91,13 +92,7 @@ def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, s
     """
     if num_samples < FEWEST:
         raise UsageError(f"--num_samples {num_samples}: at least {FEWEST} are needed")
-    try:
-        saved = json.loads((run / CONFIG_NAME).read_text())
-        config = TrainingConfig(**saved)
-    except (OSError, ValueError, TypeError) as error:
-        raise UsageError(f"{run} holds no trained run: {CONFIG_NAME} cannot be read there") from error
-    if not (run / "model_index.json").exists():
-        raise UsageError(f"{run} holds no pipeline: its training has not ended")
+    config = saved_configuration(run)
     replace(config, seed=seed).validate()  # what a training refuses as a seed, a measurement does
     train, held_out = load_data(config)
     pipeline = load(str(run))
@@ -117,12 +112,28 @@ def average_run(run: Path, output: Path, sigma_rel: float) -> None:
         UsageError: the folder holds no run that kept averages, or the output cannot be written.
     """
     weights = synthesise(run, sigma_rel)
+    config = saved_configuration(run)
+    data, _ = load_data(config)
+    pipeline = load(str(run))
+    objective = RUNGS[config.rung].objective(pipeline, config, data)
+    objective.model.load_state_dict(weights)
+    objective.finish(batches_of(data, config.train_batch_size, pipeline.device))
+    write_pipeline(pipeline, output)
+
+
+def saved_configuration(run: Path) -> TrainingConfig:
+    """The configuration of a run that has ended.
+
+    Raises:
+        UsageError: the folder holds none.
+    """
+    try:
+        config = TrainingConfig(**json.loads((run / CONFIG_NAME).read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UsageError(f"{run} holds no trained run: {CONFIG_NAME} cannot be read there") from error
     if not (run / "model_index.json").exists():
         raise UsageError(f"{run} holds no pipeline: its training has not ended")
-    pipeline = load(str(run))
-    models = [part for part in pipeline.components.values() if isinstance(part, torch.nn.Module)]
-    next(model for model in models if model.state_dict().keys() == weights.keys()).load_state_dict(weights)
-    write_pipeline(pipeline, output)
+    return config
 
 
 def load(folder: str) -> Any:

@@ -47,7 +47,7 @@ def test_a_derived_seed_is_a_function_of_the_address_alone():
 
 def test_numbers_at_addresses_are_uniform():
     numbers = torch.tensor([uniform_at(0, "flip", position) for position in range(4000)], dtype=torch.float64)
-    assert 0 <= numbers.min() and numbers.max() < 1
+    assert numbers.min() >= 0 and numbers.max() < 1
     counts = torch.histc(numbers, 10, 0, 1)
     assert (counts - 400).abs().max() < 4.5 * (4000 * 0.1 * 0.9) ** 0.5
     assert numbers[7] == uniform_at(0, "flip", 7)
@@ -89,7 +89,7 @@ def test_normal_and_uniform_draws_have_the_moments_of_their_names():
     assert abs(normal.pow(4).mean() - 3) <= 4 * (96 / count) ** 0.5
     assert abs(uniform.mean() - 1 / 2) <= 4 * (1 / 12 / count) ** 0.5
     assert abs(uniform.var() - 1 / 12) <= 4 * (1 / 180 / count) ** 0.5
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert normal.corrcoef().fill_diagonal_(0).abs().max() < 5 / 1000**0.5
 
 

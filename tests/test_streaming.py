@@ -1,6 +1,7 @@
 """Images that are read as they are needed: the same rows on any number of processes, and everything once an epoch."""
 
 import io
+import time
 from pathlib import Path
 
 import datasets
@@ -17,7 +18,7 @@ from diffusers_edu.training.data import load_data
 from diffusers_edu.training.objectives import VariationalObjective
 from diffusers_edu.training.sources import Columns
 from diffusers_edu.training.streaming import StreamedImages
-from diffusers_edu.training.trainer import make_loader
+from diffusers_edu.training.trainer import make_batches
 
 NAMES = ["even", "odd"]
 HOST = type("Host", (), {"device": torch.device("cpu")})
@@ -27,6 +28,7 @@ HOST = type("Host", (), {"device": torch.device("cpu")})
 def a_run_of_its_own(tmp_path_factory, monkeypatch):
     AcceleratorState._reset_state(reset_partial_state=True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
 
 
 def flat(level, channels=1):
@@ -90,7 +92,7 @@ def stream(folder, **changes):
 def batches(folder, parts, total, start=0, stop=12, **changes):
     """The batches of a process, as the loop gets them."""
     config = settings(folder, max_train_steps=stop, **changes)
-    return list(make_loader(load_data(config)[0], parts, total, start, config, HOST))
+    return list(make_batches(load_data(config)[0], parts, total, start, config, HOST))
 
 
 def images_of(found):
@@ -180,11 +182,11 @@ def test_an_image_is_drawn_among_those_of_the_buffer(tmp_path):
 
 
 def split_free_shards(folder):
-    write_shards(folder, [[flat(30 * shard + i) for i in range(30)] for shard in range(2)])
+    write_shards(folder, [[flat(60 * shard + i) for i in range(60)] for shard in range(2)])
 
 
 def split_free_folder(folder):
-    write_folder(folder, [flat(level) for level in range(60)])
+    write_folder(folder, [flat(level) for level in range(120)])
 
 
 @pytest.mark.parametrize("write", [split_free_shards, split_free_folder])
@@ -192,12 +194,20 @@ def test_without_a_split_some_images_are_held_out_always_the_same_and_never_come
     write(tmp_path)
     first, second = (sorted(stream(tmp_path)[1].pixels[:, 0, 0, 0].tolist()) for _ in range(2))
     assert first == second
-    assert 1 <= len(first) <= 15
-    seen = set(levels_of(batches(tmp_path, [range(8)], 8, stop=24)))
+    assert 1 <= len(first) <= 30
+    seen = set(levels_of(batches(tmp_path, [range(8)], 8, stop=40)))
     assert seen.isdisjoint(first)
-    assert seen | set(first) == set(range(60))
+    assert seen | set(first) == set(range(120))
     head = stream(tmp_path)[0].head(1000)
     assert sorted(head.pixels[:, 0, 0, 0].tolist()) == sorted(seen)
+
+
+@pytest.mark.parametrize("write", [split_free_shards, split_free_folder])
+def test_the_held_out_images_do_not_depend_on_where_the_data_lies(write, tmp_path):
+    write(tmp_path / "here")
+    before = sorted(stream(tmp_path / "here")[1].pixels[:, 0, 0, 0].tolist())
+    (tmp_path / "here").rename(tmp_path / "there")
+    assert sorted(stream(tmp_path / "there")[1].pixels[:, 0, 0, 0].tolist()) == before
 
 
 def test_labels_and_captions_stay_with_their_images(tmp_path):
@@ -206,7 +216,11 @@ def test_labels_and_captions_stay_with_their_images(tmp_path):
     data, held_out = stream(tmp_path, caption_column="text")
     assert data.class_names == held_out.class_names == NAMES
     head = data.head(5)
-    for batch in (*batches(tmp_path, [range(2, 6)], 6, caption_column="text"), held_out.batch([0, 1]), head.batch(list(range(5)))):
+    for batch in (
+        *batches(tmp_path, [range(2, 6)], 6, caption_column="text"),
+        held_out.batch([0, 1]),
+        head.batch(list(range(5))),
+    ):
         levels = levels_of([batch])
         assert batch["labels"].tolist() == [level % 2 for level in levels]
         assert batch["captions"] == [f"level {level}" for level in levels]
@@ -237,6 +251,21 @@ def test_a_bad_image_is_skipped_however_few_rows_a_lane_has(tmp_path):
     assert set(levels_of(found)) == {10 * shard + i for shard in range(4) for i in range(3)}
 
 
+def test_a_bad_image_met_by_a_data_worker_is_named_in_one_line(tmp_path):
+    write_shards(tmp_path, [[*(flat(level) for level in range(70)), b"no image"]])
+    write_shards(tmp_path, [[flat(99)]], "test")
+    with pytest.raises(UsageError, match="is not an image that can be read") as error:
+        batches(tmp_path, [range(71)], 71, stop=1, dataloader_num_workers=1)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_nothing_sleeps_between_epochs(tmp_path, monkeypatch):
+    write_shards(tmp_path, [[flat(1), flat(2)], [flat(3), flat(4)], [flat(5), flat(6)]])
+    write_shards(tmp_path, [[flat(99)]], "test")
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail(f"sleeps for {seconds} s"))
+    assert set(levels_of(batches(tmp_path, [range(2)], 2))) == {1, 2, 3, 4, 5, 6}
+
+
 def test_where_no_image_can_be_read_it_is_said_so(tmp_path):
     write_shards(tmp_path, [[b"no image"] * 4])
     write_shards(tmp_path, [[flat(1)]], "test")
@@ -253,14 +282,15 @@ def test_a_shard_without_images_is_refused_by_the_name_of_the_data(tmp_path):
         batches(tmp_path, [range(4)], 4)
 
 
-def test_one_row_more_than_a_lane_is_divided_unevenly_by_no_number_of_shards(tmp_path):
+def test_a_shard_without_images_is_no_matter_where_a_lane_has_another(tmp_path):
     write_shards(tmp_path, [[flat(1), flat(2), flat(3)], []])
     write_shards(tmp_path, [[flat(9)]], "test")
     assert set(levels_of(batches(tmp_path, [range(1)], 1))) == {1, 2, 3}
 
 
 @pytest.mark.parametrize(
-    ("shards", "total", "lanes"), [(1, 128, 1), (2, 128, 2), (3, 128, 2), (5, 6, 3), (7, 128, 4), (100, 128, 64), (200, 128, 128)]
+    ("shards", "total", "lanes"),
+    [(1, 128, 1), (2, 128, 2), (3, 128, 2), (5, 6, 3), (7, 128, 4), (100, 128, 64), (200, 128, 128)],
 )
 def test_there_are_as_many_lanes_as_divide_the_batch_evenly_and_have_a_shard_each(shards, total, lanes):
     split = type("Split", (), {"num_shards": shards})
@@ -299,7 +329,7 @@ def weights(output: Path) -> dict[str, torch.Tensor]:
 def test_a_streamed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     write_shards(tmp_path / "data", [noise_images(9), noise_images(20)[9:]])
     flags = {"train_data_dir": str(tmp_path / "data"), "streaming": True, "resolution": 8, "train_batch_size": 4,
-             "max_train_steps": 6, "lr_warmup_steps": 2, "shuffle_buffer": 5, "validation_steps": 3, **AUGMENTED}  # fmt: skip
+             "max_train_steps": 6, "lr_warmup_steps": 2, "shuffle_buffer": 5, "validation_steps": 0, **AUGMENTED}  # fmt: skip
 
     def run(name, **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -310,16 +340,14 @@ def test_a_streamed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     loss, calls = VariationalObjective.loss, []
 
     def stops(self, model, batch, noise):
-        if model.training:
-            calls.append(noise)
+        calls.append(noise)
         if len(calls) == 5:
             raise KeyboardInterrupt
         return loss(self, model, batch, noise)
 
-    monkeypatch.setattr(VariationalObjective, "loss", stops)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(VariationalObjective, "loss", stops)
         run("stopped", checkpointing_steps=3)
-    monkeypatch.undo()
     stopped = run("stopped", checkpointing_steps=3)
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
     accumulated = run("accumulated", train_batch_size=2, gradient_accumulation_steps=2)

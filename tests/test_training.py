@@ -85,10 +85,31 @@ def test_a_resumed_run_ends_in_the_weights_and_the_log_of_one_that_was_never_sto
     assert [line["step"] for line in log(stopped)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_accumulated_batches_are_one_large_batch(tmp_path):
-    large = run(tmp_path / "large", train_batch_size=16)
-    split = run(tmp_path / "split", train_batch_size=8, gradient_accumulation_steps=2)
-    assert (losses(large) - losses(split)).abs().max() < 1e-5
+@pytest.mark.slow
+@pytest.mark.parametrize("rung", RUNGS)
+def test_accumulated_batches_are_one_large_batch(rung, tmp_path):
+    steps = {"max_train_steps": 50}
+    large = run(tmp_path / "large", rung, train_batch_size=16, **steps)
+    split = run(tmp_path / "split", rung, train_batch_size=8, gradient_accumulation_steps=2, **steps)
+    assert len(losses(large)) == 50
+    assert ((losses(large) - losses(split)) / losses(large)).abs().max() < 1e-5
+
+
+def test_tensorboard_holds_what_the_log_holds(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tmp_path, report_to="tensorboard", validation_steps=3)
+    events = EventAccumulator(str(tmp_path / "logs" / "diffusers_edu"))
+    events.Reload()
+    for name in ("loss", "kl", "learning_rate"):
+        scalars = events.Scalars(name)
+        assert [scalar.step for scalar in scalars] == [1, 2, 3, 4, 5, 6]
+        assert [scalar.value for scalar in scalars] == pytest.approx([line[name] for line in log(tmp_path)], rel=1e-6)
+    looks = [json.loads(line) for line in (tmp_path / "validation.jsonl").read_text().splitlines()]
+    assert [scalar.value for scalar in events.Scalars("validation_ema")] == pytest.approx(
+        [look["ema"]["loss"] for look in looks]
+    )
+    assert [image.step for image in events.Images("samples")] == [3, 6]
 
 
 def test_data_workers_change_nothing(tmp_path):

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
@@ -120,12 +120,19 @@ def snapshot_steps(config: TrainingConfig) -> set[int]:
 
 
 def save_snapshot(run: Path, step: int, name: str, weights: dict[str, torch.Tensor]) -> None:
-    """Keep an average, whole or not at all, as `ema_snapshots/<step>-<sigma_rel>.safetensors`."""
+    """Keep an average, whole or not at all, as `ema_snapshots/<step>-<sigma_rel>.safetensors`.
+
+    Raises:
+        UsageError: it cannot be written (a full disk).
+    """
     folder = run / SNAPSHOTS
-    folder.mkdir(exist_ok=True)
     aside = folder / f"saving-{step}-{name}"
-    save_file(weights, aside)
-    aside.replace(folder / f"{step}-{name}.safetensors")
+    try:
+        folder.mkdir(exist_ok=True)
+        save_file(weights, aside)
+        aside.replace(folder / f"{step}-{name}.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise UsageError(f"{aside} cannot be written ({error}); make room, and the same command goes on") from error
 
 
 def snapshots(run: Path) -> list[tuple[int, float, Path]]:
@@ -186,8 +193,11 @@ def synthesise(run: Path, sigma_rel: float) -> dict[str, torch.Tensor]:
     weights = mixture([step for step, _, _ in found], [sigma for _, sigma, _ in found], sigma_rel, found[-1][0])
     total: dict[str, torch.Tensor] = {}
     for weight, (_, _, path) in zip(weights, found, strict=True):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118  (it is no dict)
-                part = file.get_tensor(name).double() * weight
-                total[name] = total[name] + part if name in total else part
+        try:
+            snapshot = load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{path} is damaged; remove it, or train again") from error
+        for name, tensor in snapshot.items():
+            part = tensor.double() * weight
+            total[name] = total[name] + part if name in total else part
     return {name: tensor.float() for name, tensor in total.items()}

@@ -3,6 +3,7 @@
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -40,5 +41,6 @@ def cached(kind: str, *key: object, make: Callable[[], dict[str, torch.Tensor]])
         save_file(made, aside)
         aside.replace(path)
     except (OSError, SafetensorError):
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
     return made

@@ -95,11 +95,18 @@ class ImageData:
         return digest.hexdigest()
 
     def part(self, indices: Iterable[int]) -> "ImageData":
+        """Some of the images."""
         chosen = torch.as_tensor(list(indices), dtype=torch.int64)
-        labels = None if self.labels is None else self.labels[chosen]
-        return ImageData(self.pixels[chosen], self.max_value, labels, self.class_names)
+        return replace(
+            self,
+            pixels=self.pixels[chosen],
+            labels=None if self.labels is None else self.labels[chosen],
+            captions=self.captions and [self.captions[i] for i in chosen],
+            strips=self.strips and [self.strips[i] for i in chosen],
+        )
 
     def head(self, count: int) -> "ImageData":
+        """The first images."""
         return self if count >= len(self) else self.part(range(count))
 
 

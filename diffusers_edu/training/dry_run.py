@@ -30,7 +30,7 @@ def describe(objective: Objective, data: Any, config: TrainingConfig, accelerato
         "AdamW's moments": 2 * size,
         "averages": averages * size,
         "activations of a batch": saved_for_backward(objective, data, config) * config.train_batch_size // ROWS,
-        "images": data.pixels.numel() if isinstance(data, ImageData) else 0,
+        "images": data.pixels.numel() + sum(strip.numel() for strip in data.strips or []) if isinstance(data, ImageData) else 0,
     }
     total = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
     images = total * config.max_train_steps

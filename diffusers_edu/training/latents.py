@@ -48,9 +48,14 @@ class LatentData:
 
     def __init__(self, data: ImageData, upright: dict[str, torch.Tensor], flipped: dict[str, torch.Tensor] | None = None):
         self.data, self.upright, self.flipped = data, upright, flipped
+        self.skipped = data.skipped
 
     def __len__(self) -> int:
         return len(self.data)
+
+    def head(self, count: int) -> ImageData:
+        """The first images."""
+        return self.data.head(count)
 
     def batch(self, indices: list[int], augmentation: Augmentation | None = None) -> dict[str, Any]:
         """The moments of some images, each of the flipped image where its augmentation says so."""
@@ -64,9 +69,8 @@ class LatentData:
 
 def fingerprint(vae: Any) -> str:
     """A digest of a model's weights and configuration."""
-    digest = hashlib.blake2b(
-        json.dumps({**vae.config, "_name_or_path": ""}, sort_keys=True, default=str).encode(), digest_size=16
-    )
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    digest = hashlib.blake2b(json.dumps(config, sort_keys=True, default=str).encode(), digest_size=16)
     for name, tensor in sorted(vae.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

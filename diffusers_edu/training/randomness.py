@@ -86,11 +86,11 @@ class AddressedDropout:
 
     def __init__(self, model: nn.Module):
         self.noise: StepNoise | None = None
-        self.handles = [
-            module.register_forward_hook(self._hook(name))
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Dropout) and module.p > 0
-        ]
+        found = [(n, module) for n, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p > 0]
+        self.handles = [module.register_forward_hook(self._hook(name)) for name, module in found]
+        self.in_place = [module for _, module in found if module.inplace]
+        for module in self.in_place:
+            module.inplace = False  # the hook needs what came in
 
     @contextmanager
     def of(self, noise: StepNoise) -> Iterator[None]:
@@ -105,6 +105,8 @@ class AddressedDropout:
         """Leave the model as it was."""
         for handle in self.handles:
             handle.remove()
+        for module in self.in_place:
+            module.inplace = True
 
     def _hook(self, name: str) -> Callable:
         def replace(module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:

@@ -1,6 +1,12 @@
 """Images that are read as they are needed, the same ones on any number of processes."""
 
-from collections.abc import Iterator
+import hashlib
+import itertools
+import os
+import random
+from collections import deque
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +19,8 @@ from .randomness import derived_seed
 from .sources import Columns, name_of, undecoded
 
 HELD_OUT = 512  # images of the held-out part, at most
+LOOKED_AT = 1000  # images, at most, among which one that can be read is looked for
+READ_AT_ONCE = 32  # rows
 
 
 class StreamedImages:
@@ -38,9 +46,12 @@ class StreamedImages:
         self.resolution = int(config.resolution or 64)
         self.class_names = columns.class_names
 
-    def rows(self, split: Any) -> Iterator[Any]:
-        """The rows to train on, once."""
-        return (row for row in split if not (self.held_out and is_held_out(row[self.columns.image])))
+    def rows(self, shards: Iterable[int]) -> Iterator[Any]:
+        """The rows of some shards to train on, once."""
+        for index in shards:
+            for row in rows_of(self.split.shard(num_shards=self.split.num_shards, index=index)):
+                if not (self.held_out and is_held_out(row[self.columns.image], self.config)):
+                    yield row
 
     def lanes(self, total: int) -> int:
         """Into how many lanes the rows of a global batch are dealt."""
@@ -48,22 +59,21 @@ class StreamedImages:
         return max(count for count in range(1, min(shards, total) + 1) if total % count == 0)
 
     def lane(self, number: int, count: int) -> Iterator[Any]:
-        """The rows of a lane, for ever."""
-        shards = self.split.shard(num_shards=count, index=number) if count > 1 else self.split
-        epoch = 0
-        while True:
-            seed = derived_seed(self.config.seed, "lane", number, epoch) % 2**32
+        """The rows of a lane, for ever. (The library's own shuffling starts threads, and depends on the worker that it runs in.)"""
+        for epoch in itertools.count():
+            chance = random.Random(derived_seed(self.config.seed, "lane", number, epoch))
+            shards = list(range(number, self.split.num_shards, count))
+            chance.shuffle(shards)
             empty = True
-            for row in self.rows(shards.shuffle(seed=seed, buffer_size=self.config.shuffle_buffer)):
+            for row in shuffled(self.rows(shards), self.config.shuffle_buffer, chance):
                 empty = False
                 yield row
             if empty:
                 raise UsageError(f"{name_of(self.config)}: a shard has no images to train on")
-            epoch += 1
 
     def head(self, count: int) -> ImageData:
         """The first images, in the data set's own order and cropped at the centre."""
-        return gather(self.rows(self.split), count, self.config, self.columns, self.channels)
+        return gather(self.rows(range(self.split.num_shards)), count, self.config, self.columns, self.channels)
 
     @property
     def images(self) -> torch.Tensor:
@@ -81,6 +91,22 @@ class StreamedImages:
         return crop(as_tensor(array, self.channels), self.resolution, at)
 
 
+class Lane:
+    """The rows of a lane as they are taken, and a look ahead at those to come."""
+
+    def __init__(self, rows: Iterator[Any]):
+        self.rows, self.ahead = rows, deque[Any]()
+
+    def take(self, count: int) -> list[Any]:
+        return [self.ahead.popleft() if self.ahead else next(self.rows) for _ in range(count)]
+
+    def look(self, index: int) -> Any:
+        """The row that is `index` places ahead."""
+        while len(self.ahead) <= index:
+            self.ahead.append(next(self.rows))
+        return self.ahead[index]
+
+
 class StreamedVisits(IterableDataset):
     """The batches of a process, from `start_step` on.
 
@@ -96,48 +122,74 @@ class StreamedVisits(IterableDataset):
         self.start_step, self.stop_step = start_step, stop_step
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
+        try:
+            yield from self.batches()
+        except UsageError as error:  # as a value: torch would put a traceback around one that comes from a worker
+            yield {"error": str(error)}
+
+    def batches(self) -> Iterator[dict[str, Any]]:
         worker = get_worker_info()
         workers, mine = (worker.num_workers, worker.id) if worker else (1, 0)
         count = self.data.lanes(self.total)
         share = self.total // count
         wanted = sorted({row // share for part in self.parts for row in part})
-        lanes = {number: self.data.lane(number, count) for number in wanted}
+        lanes = {number: Lane(self.data.lane(number, count)) for number in wanted}
         for lane in lanes.values():  # rows that are passed over are not decoded
-            for _ in range(self.start_step * share):
-                next(lane)
+            for _ in range(self.start_step):
+                lane.take(share)
         batches = 0
         for step in range(self.start_step, self.stop_step):
-            rows = {number: [next(lane) for _ in range(share)] for number, lane in lanes.items()}
+            taken = {number: lane.take(share) for number, lane in lanes.items()}
             for part in self.parts:
                 if batches % workers == mine:  # the loader takes from its workers in turn
-                    yield self.batch(rows, part, share, step)
+                    rows = [(lanes[row // share], taken[row // share][row % share]) for row in part]
+                    yield self.batch(rows, [step * self.total + row for row in part])
                 batches += 1
 
-    def batch(self, rows: dict[int, list[Any]], part: range, share: int, step: int) -> dict[str, Any]:
+    def batch(self, rows: list[tuple[Lane, Any]], positions: list[int]) -> dict[str, Any]:
+        """Some rows, decoded; in place of one that cannot be read, if such are skipped, stands the next of its lane that can."""
         config = self.data.config
-        augmented = augmentation(config.seed, [step * self.total + row for row in part], config.random_flip)
+        augmented = augmentation(config.seed, positions, config.random_flip)
         pixels, chosen, skipped = [], [], 0
-        for place, row in enumerate(part):
-            at = 0.5 if config.center_crop else augmented.crop[place]
-            # In place of one that cannot be read comes the next of its lane in the same step.
-            lane = rows[row // share]
-            for candidate in (lane[(row + shift) % share] for shift in range(share)):
-                image = self.data.decode(candidate, step * self.total + row, at)
-                if image is not None:
-                    break
-                skipped += 1
-            else:
-                raise UsageError(f"{name_of(config)}: step {step + 1} finds no image that can be read; mend the data")
+        for (lane, row), position, place in zip(rows, positions, augmented.crop, strict=True):
+            at = 0.5 if config.center_crop else place
+            image, ahead = self.data.decode(row, position, at), 0
+            skipped += image is None
+            while image is None:
+                if ahead == LOOKED_AT:
+                    raise UsageError(f"{name_of(config)}: {LOOKED_AT} images in a row cannot be read; mend the data")
+                row = lane.look(ahead)
+                image, ahead = self.data.decode(row, position, at), ahead + 1
             pixels.append(image)
-            chosen.append(candidate)
+            chosen.append(row)
         data = with_conditions(pixels, chosen, self.data.columns)
-        return {**data.batch(list(range(len(part))), augmented), "skipped": skipped}
+        return {**data.batch(list(range(len(rows))), augmented), "skipped": skipped}
 
 
-def is_held_out(row: Any) -> bool:
-    """Whether an image belongs to the held-out tenth: a function of its bytes, or of its path where they are not there."""
-    content = row.get("bytes") or str(row.get("path")).encode()
-    return derived_seed("held out", content.hex()) % 10 == 0
+def rows_of(split: Any) -> Iterator[Any]:
+    """The rows of a `datasets.IterableDataset`, whatever worker this is: its `__iter__` shares them out among torch's workers."""
+    for batch in split.iter(batch_size=READ_AT_ONCE):
+        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+
+
+def shuffled(rows: Iterator[Any], size: int, chance: random.Random) -> Iterator[Any]:
+    """Rows in an order in which each is drawn from a buffer of the next ones."""
+    buffer = list(itertools.islice(rows, size))
+    for row in rows:
+        place = chance.randrange(size)
+        buffer[place], drawn = row, buffer[place]
+        yield drawn
+    chance.shuffle(buffer)
+    yield from buffer
+
+
+def is_held_out(row: Any, config: TrainingConfig) -> bool:
+    """Whether an image belongs to the held-out tenth: a function of its bytes, or of its path in the folder."""
+    content = row.get("bytes")
+    if not content:
+        root = Path(config.train_data_dir or "/").resolve()
+        content = os.path.relpath(Path(str(row.get("path"))).resolve(), root).encode()
+    return derived_seed("held out", hashlib.blake2b(content).hexdigest()) % 10 == 0
 
 
 def with_conditions(pixels: list[torch.Tensor], rows: list[Any], columns: Columns) -> ImageData:
@@ -172,10 +224,12 @@ def load_streams(train: Any, held_out: Any, config: TrainingConfig) -> tuple[Str
     """
     columns = Columns.of(train.features or {}, config)
     train = undecoded(train, columns.image, config)
-    channels = gather(iter(train), 64, config, columns).channels
+    channels = gather(rows_of(train), 64, config, columns).channels
     data = StreamedImages(train, config, columns, held_out is None, channels)
     if held_out is None:
-        chosen = (row for row in train if is_held_out(row[columns.image]))
+        chosen = [*itertools.islice((row for row in rows_of(train) if is_held_out(row[columns.image], config)), HELD_OUT)]
+        if not chosen:
+            raise UsageError(f"{name_of(config)}: none of its images falls into the held-out tenth; give it a test split")
     else:
-        chosen = iter(undecoded(held_out, columns.image, config))
-    return data, gather(chosen, HELD_OUT, config, columns, channels)
+        chosen = [*itertools.islice(rows_of(undecoded(held_out, columns.image, config)), HELD_OUT)]
+    return data, gather(iter(chosen), HELD_OUT, config, columns, channels)

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .averages import Averages, discard_snapshots, save_snapshot, snapshot_steps, synthesise
 from .checkpoints import TrainingState, discard_later, find_checkpoint, step_of, write_pipeline
-from .configuration import TrainingConfig
+from .configuration import TrainingConfig, UsageError
 from .data import ImageData, Visits
 from .latents import encode_data
 from .launch import Preempted, StopSignal, on_main
@@ -133,7 +133,7 @@ def optimiser_steps(
     total = global_batch_size(config, accelerator)
     first = accelerator.process_index * config.train_batch_size
     parts = [range(start, start + config.train_batch_size) for start in range(first, total, per_batch)]
-    batches = iter(make_loader(data, parts, total, start_step, config, accelerator))
+    batches = make_batches(data, parts, total, start_step, config, accelerator)
     dropout = AddressedDropout(objective.model)  # whose names no wrapper has changed
     for step in range(start_step, config.max_train_steps):
         # What draws from torch's own stream, against the rules, is at least the same after a restart.
@@ -161,9 +161,9 @@ def optimiser_steps(
     dropout.remove()
 
 
-def make_loader(
+def make_batches(
     data: Any, parts: list[range], total: int, start_step: int, config: TrainingConfig, accelerator: Accelerator
-) -> DataLoader:
+) -> Iterator[dict[str, Any]]:
     """The batches of this process, for each step one for each of `parts`, its rows of the global batch."""
     last = config.max_train_steps
     options = {
@@ -173,9 +173,14 @@ def make_loader(
         "pin_memory": accelerator.device.type == "cuda",
     }
     if isinstance(data, StreamedImages):
-        return DataLoader(StreamedVisits(data, parts, total, start_step, last), **options)
-    positions = ([step * total + row for row in part] for step in range(start_step, last) for part in parts)
-    return DataLoader(Visits(data, config.seed, config.random_flip), sampler=positions, **options)
+        loader = DataLoader(StreamedVisits(data, parts, total, start_step, last), **options)
+    else:
+        positions = ([step * total + row for row in part] for step in range(start_step, last) for part in parts)
+        loader = DataLoader(Visits(data, config.seed, config.random_flip), sampler=positions, **options)
+    for batch in loader:
+        if "error" in batch:
+            raise UsageError(batch["error"])
+        yield batch
 
 
 def as_it_is(batch: Any) -> Any:

@@ -135,7 +135,8 @@ class Validation:
         )
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
-                tracker.log_images({"samples": pixels}, step=step)
+                layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                tracker.log_images({"samples": pixels}, step=step, **layout)
 
 
 @contextmanager
