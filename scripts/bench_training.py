@@ -5,7 +5,7 @@ installed one).
 
 A  the trainer against a bare loop: forward, backward, clip and AdamW on noisy batches that are in memory already.
 B  against stock, on RGB copies of the digits and on 5,000 RGB images of 32x32 in a folder: the same network, batch and data.
-C  seconds of training, and the Fréchet distance that 1,000 samples then have from the held-out digits.
+C  for runs of several lengths the seconds of training, and the Fréchet distance that 1,000 samples then have from the held-out digits.
 
 For A and B every candidate is a process of its own that trains as it always does, but for a hook on the optimiser: after every few
 steps it hands the turn to the next, so that one runs at a time, and all meet the same moods of the machine. Each figure is the median
@@ -34,7 +34,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, UNet2DModel
+from diffusers import DiffusionPipeline, DPMSolverMultistepScheduler, UNet2DModel
 from PIL import Image, ImageDraw
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -46,8 +46,11 @@ from diffusers_edu.training.data import load_digits
 TRAIN = Path(__file__).with_name("train.py")
 STOCK = "examples/unconditional_image_generation/train_unconditional.py"
 # C: found on a part of the training digits.
-QUALITY_OURS = "--max_train_steps 600 --train_batch_size 32 --learning_rate 2e-3 --lr_warmup_steps 20 --ema_max_decay 0.985"
-QUALITY_STOCK = "--num_epochs 32 --train_batch_size 16 --learning_rate 2e-3"
+QUALITY_OURS = (
+    "--train_batch_size 32 --learning_rate 2e-3 --lr_warmup_steps 20 --ema_max_decay 0.98 "
+    "--prediction_type sample --snr_gamma 5"
+)
+QUALITY_STOCK = "--train_batch_size 16 --learning_rate 2e-3"
 PARTS = {  # of a step, in every candidate that has them; what is left is the rest
     "loading": ("torch.utils.data.dataloader", "_BaseDataLoaderIter.__next__"),
     "forward": ("diffusers", "UNet2DModel.forward"),
@@ -282,30 +285,34 @@ def throughput(
 
 
 def quality(args: argparse.Namespace, work: Path, folder: Path, unet: Path) -> None:
-    """C: the seconds of training, and the distance reached."""
-    held_out = load_digits()[1].images.flatten(1)
-    print(f"\n{'C':6} {'seed':>4} {'steps':>6} {'seconds':>8} {'processor':>9} {'distance':>9}   flags")
-    for seed in range(args.seeds):
-        runs = {"ours": ours(["--dataset_name", "digits"], work / f"C-ours-{seed}", *args.ours.split(), "--seed", str(seed))}
-        if args.diffusers:
-            runs["stock"] = stock(args, folder, unet, work / f"C-stock-{seed}", *args.stock.split())  # it takes no seed
-        for who, command in runs.items():
-            output = work / f"C-{who}-{seed}"
-            child = start(args, command, ends=str(output / "ends.json"))
-            if child.wait():
-                failed(child)
-            between = np.diff(json.loads((output / "ends.json").read_text()), axis=0)
-            # All the steps; the longest, which in stock holds the sampling after its first epoch, and the first, as the middle one.
-            seconds, processor = np.sort(between, axis=0)[:-1].sum(0) + 2 * np.median(between, axis=0)
-            pipeline = DiffusionPipeline.from_pretrained(output)
-            steps = args.stock_inference_steps if who == "stock" else RUNGS["ddpm"].num_inference_steps
-            images = sample(pipeline, 1000, seed, num_inference_steps=steps).mean(1)
-            distance = frechet_distance(images.flatten(1), held_out, resamples=2).value
-            print(
-                f"{who:6} {seed:4} {len(between) + 1:6} {seconds:8.1f} {processor:9.1f} {distance:9.3f}   "
-                f"{args.ours if who == 'ours' else args.stock}",
-                flush=True,
-            )
+    """C: for runs of several lengths, each with its own course of the learning rate, the seconds of training and the distances."""
+    print(f"\n{'C':6} {'steps':>6} {'seconds':>8} {'processor':>9} {'own sampler':>12} {'DPM++ 20':>9}   flags")
+    runs = [("ours", f"--max_train_steps {steps} {args.ours}") for steps in args.ours_steps]
+    runs += [("stock", f"--num_epochs {epochs} {args.stock}") for epochs in args.stock_epochs if args.diffusers]
+    for number, (who, flags) in enumerate(runs):
+        output = work / f"C-{number}"
+        if who == "ours":
+            command = ours(["--dataset_name", "digits"], output, *flags.split())
+        else:
+            command = stock(args, folder, unet, output, *flags.split())
+        child = start(args, command, ends=str(output / "ends.json"))
+        if child.wait():
+            failed(child)
+        between = np.diff(json.loads((output / "ends.json").read_text()), axis=0)
+        # All the steps; the longest, which in stock holds the sampling after its first epoch, and the first, as the middle one.
+        seconds, processor = np.sort(between, axis=0)[:-1].sum(0) + 2 * np.median(between, axis=0)
+        found = [distance(output, solver) for solver in (False, True)]
+        row = f"{who:6} {len(between) + 1:6} {seconds:8.1f} {processor:9.1f} {found[0]:12.3f} {found[1]:9.3f}   {flags}"
+        print(row, flush=True)
+
+
+def distance(output: Path, solver: bool) -> float:
+    """From 1,000 samples to the held-out digits: by the pipeline's own sampler in 50 steps, or by DPM-Solver++ in 20."""
+    pipeline = DiffusionPipeline.from_pretrained(output)
+    if solver:
+        pipeline.scheduler = DPMSolverMultistepScheduler.from_config(pipeline.scheduler.config)
+    images = sample(pipeline, 1000, 0, num_inference_steps=20 if solver else 50).mean(1)
+    return frechet_distance(images.flatten(1), load_digits()[1].images.flatten(1), resamples=2).value
 
 
 def main() -> None:
@@ -319,10 +326,10 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=5, help="steps of a turn of A and B")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch, in every run")
     parser.add_argument("--batch", type=int, nargs=2, default=(128, 32), help="of A and B on digits, and on the folder")
-    parser.add_argument("--seeds", type=int, default=3, help="runs of C")
     parser.add_argument("--ours", default=QUALITY_OURS, help="flags of our runs of C")
+    parser.add_argument("--ours_steps", type=int, nargs="*", default=(250, 350, 450), help="their lengths")
     parser.add_argument("--stock", default=QUALITY_STOCK, help="flags of stock's runs of C")
-    parser.add_argument("--stock_inference_steps", type=int, default=100, help="of sampling from stock's model in C")
+    parser.add_argument("--stock_epochs", type=int, nargs="*", default=(16, 32), help="their lengths")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
