@@ -16,9 +16,9 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (--help lists the flags)")
 
 
-def fail(message: str) -> NoReturn:
-    # Every process of a launch meets the same mistake; one of them says so.
-    if int(os.environ.get("RANK", 0)) == 0:
+def fail(message: str, local: bool = False) -> NoReturn:
+    # Every process of a launch meets the same mistake, and one of them says so; but what only one has met, that one says.
+    if local or int(os.environ.get("RANK", 0)) == 0:
         print(f"diffusers-edu: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -103,13 +103,13 @@ def main(arguments: list[str] | None = None) -> None:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.__doc__, add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    from .training.configuration import UsageError
+    from .training.configuration import LocalError, UsageError
     from .training.launch import Preempted
 
     try:
         COMMANDS[command](arguments[1:])
     except (UsageError, FloatingPointError) as error:
-        fail(str(error))
+        fail(str(error), local=isinstance(error, LocalError))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

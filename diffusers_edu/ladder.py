@@ -118,6 +118,7 @@ def average_run(run: Path, output: Path, sigma_rel: float) -> None:
     objective = RUNGS[config.rung].objective(pipeline, config, data)
     objective.model.load_state_dict(weights)
     objective.finish(batches_of(data, config.train_batch_size, pipeline.device))
+    replace(config, output_dir=str(output)).save()
     write_pipeline(pipeline, output)
 
 

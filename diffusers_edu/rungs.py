@@ -1,5 +1,6 @@
 """The ladder as a table: what each rung builds, what it learns, and its defaults."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from .schedulers.scheduling_edu_ddpm import EduDDPMScheduler
 from .training.configuration import TrainingConfig, UsageError
 from .training.data import ImageData, load_data
 from .training.dry_run import describe
-from .training.launch import make_accelerator
+from .training.launch import make_accelerator, one_first
 from .training.objectives import DenoisingObjective, DiffusionObjective, Objective, VariationalObjective
 from .training.trainer import train
 
@@ -226,8 +227,8 @@ def train_rung(config: TrainingConfig) -> Any:
 
     rung = RUNGS[config.rung]
     accelerator = make_accelerator(config)
-    with accelerator.local_main_process_first():  # one process of a machine decodes and fills the caches, the others read them
-        data, held_out = load_data(config)
+    # One process of a machine decodes and fills the caches, the others read them.
+    data, held_out = one_first(accelerator, lambda: load_data(config))
     set_seed(config.seed)
     try:
         with TemporaryDirectory() as folder:
@@ -270,6 +271,8 @@ def train_own_vae(config: TrainingConfig) -> str:
     folder = str(Path(config.output_dir) / "vae_rung")
     vae_config = configuration("vae", output_dir=folder, resume_from_checkpoint=resume, **chosen)
     vae_config.check_folder()
+    if os.environ.get("WORLD_SIZE") != os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE")):
+        raise UsageError("--vae_path is missing: on several machines, train --rung vae first, and give each machine its folder")
     if not (Path(folder) / "model_index.json").exists():
         train_rung(vae_config)
     return folder

@@ -43,11 +43,10 @@ from diffusers_edu.evaluation.sampling import sample
 from diffusers_edu.rungs import RUNGS, configuration
 from diffusers_edu.training.data import load_digits
 
-TRAIN = Path(__file__).with_name("train.py")
 STOCK = "examples/unconditional_image_generation/train_unconditional.py"
 # C: found on a part of the training digits.
 QUALITY_OURS = (
-    "--train_batch_size 32 --learning_rate 2e-3 --lr_warmup_steps 20 --ema_max_decay 0.98 "
+    "--train_batch_size 32 --learning_rate 2e-3 --lr_warmup_steps 20 --ema_max_decay 0.97 --adam_beta2 0.95 "
     "--prediction_type sample --snr_gamma 5"
 )
 QUALITY_STOCK = "--train_batch_size 16 --learning_rate 2e-3"
@@ -223,19 +222,9 @@ def take_turns(args: argparse.Namespace, commands: dict[str, list[str]]) -> dict
 
 
 def ours(data: list[str], output: Path, *flags: str) -> list[str]:
-    return [
-        str(TRAIN),
-        "--rung",
-        "ddpm",
-        *data,
-        "--output_dir",
-        str(output),
-        "--checkpointing_steps",
-        "1000000",
-        "--validation_steps",
-        "0",
-        *flags,
-    ]
+    train = Path(__file__).with_name("train.py")
+    quiet = ["--checkpointing_steps", "1000000", "--validation_steps", "0"]
+    return [str(train), "--rung", "ddpm", *data, "--output_dir", str(output), *quiet, *flags]
 
 
 def stock(args: argparse.Namespace, folder: Path, unet: Path, output: Path, *flags: str) -> list[str]:

@@ -165,6 +165,14 @@ def test_a_mistake_on_several_processes_is_said_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_data_that_is_not_there_is_said_once_on_several_processes(tmp_path):
+    flags = ["--rung", "dae", "--train_data_dir", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "run")]
+    done = launch(TWO["torchrun"](free_port()), str(ROOT / "scripts" / "train.py"), *flags)
+    assert done.returncode != 0
+    assert done.stderr.count("there is no such folder") == 1
+
+
+@pytest.mark.slow
 def test_a_launch_that_silently_starts_fewer_processes_is_stopped(tmp_path):
     arguments = ["--rung", "dae", "--dataset_name", "digits", "--output_dir", str(tmp_path / "run")]
     done = launch([*ACCELERATE, "--cpu", "--num_processes", "2"], str(ROOT / "scripts" / "train.py"), *arguments)

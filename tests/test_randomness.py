@@ -163,7 +163,7 @@ def dropped(module, x, rows=None, step=0, total=40):
     dropout = AddressedDropout(module)
     with dropout.of(StepNoise(0, step, rows or range(len(x)), total)):
         output = module(x)
-    dropout.remove()
+    dropout.close()
     return output
 
 
@@ -215,7 +215,7 @@ def test_removed_hooks_leave_the_model_as_it_was():
     model, x = network(), rows_of()
     dropout = AddressedDropout(model)
     assert sum(len(module._forward_hooks) for module in model.modules()) == 2
-    dropout.remove()
+    dropout.close()
     assert not any(module._forward_hooks for module in model.modules())
     torch.manual_seed(5)
     with dropout.of(StepNoise(0, 0, range(40), 40)):
@@ -232,7 +232,7 @@ def test_activations_that_are_computed_anew_get_the_same_masks():
         dropout = AddressedDropout(model)
         with dropout.of(StepNoise(0, 0, range(40), 40)):
             forward(x).square().mean().backward()
-        dropout.remove()
+        dropout.close()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     kept = gradients(model)

@@ -191,6 +191,20 @@ def test_sigterm_saves_a_checkpoint_says_how_to_go_on_and_loses_nothing(server, 
     assert saved(tmp_path / "stopped") == saved(tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_sigterm_to_a_run_and_its_data_workers_saves_a_checkpoint_too(server, tmp_path):
+    """As a job manager sends it: to every process."""
+    flags = [*BASE, *SMALL, "--max_train_steps", "100000", "--checkpointing_steps", "100000", "--output_dir", str(tmp_path)]
+    pid = server.order([*flags, "--dataloader_num_workers", "2"], wait=True)
+    wait_for(lambda: len(steps_logged(tmp_path)) >= 3)
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    assert len(children) >= 2
+    for process in [*map(int, children), pid]:
+        os.kill(process, signal.SIGTERM)
+    assert server.answer() == 128 + signal.SIGTERM
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+
+
 def test_sigterm_ends_with_its_own_status(server, tmp_path):
     flags = [*BASE, *SMALL, "--max_train_steps", "100000", "--checkpointing_steps", "100000", "--output_dir", str(tmp_path)]
     pid = server.order(flags, wait=True)
@@ -277,6 +291,20 @@ def test_weights_moments_and_averages_of_a_checkpoint_are_those_of_the_step(with
     assert all(int(tensor) == 6 for name, tensor in moments.items() if name.endswith("/step"))
     final = load_file(with_checkpoints / "vae" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(final[name], averages[f"ema/{name}"]) for name in weights)
+
+
+def test_what_is_refused_changes_nothing(server, with_checkpoints):
+    """Not even the later checkpoints, which going on from an earlier one would have replaced."""
+    damaged = with_checkpoints / "checkpoint-3" / "model.safetensors"
+    before = damaged.read_bytes()
+    flags = [*BASE, *SMALL, "--max_train_steps", "6", "--output_dir", str(with_checkpoints)]
+    flip_a_byte(damaged)
+    try:
+        assert server.run([*flags, "--resume_from_checkpoint", "checkpoint-3"]) == 2
+    finally:
+        damaged.write_bytes(before)
+    assert server.run([*flags, "--resume_from_checkpoint", "checkpoint-3", "--train_batch_size", "20"]) == 2
+    assert {path.name for path in with_checkpoints.glob("checkpoint-*")} == {"checkpoint-3", "checkpoint-6"}
 
 
 def test_another_global_batch_is_refused_and_the_same_one_split_otherwise_is_not(server, with_checkpoints):

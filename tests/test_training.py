@@ -152,6 +152,35 @@ def test_a_loss_that_is_not_finite_stops_the_run_names_the_step_and_keeps_the_ch
     assert [line["step"] for line in log(tmp_path)] == [1, 2, 3]
 
 
+def test_gradients_that_are_not_finite_stop_the_run_before_they_are_kept(tmp_path, monkeypatch):
+    loss, calls = objectives.VariationalObjective.loss, []
+
+    def spoils(self, model, batch, noise):
+        calls.append(batch)
+        value, terms = loss(self, model, batch, noise)
+        if len(calls) == 4:
+            model.log_sigma_x.register_hook(lambda gradient: gradient * float("inf"))
+        return value, terms
+
+    monkeypatch.setattr(objectives.VariationalObjective, "loss", spoils)
+    with pytest.raises(FloatingPointError, match=r"norm of the gradients is .* at step 4"):
+        run(tmp_path, checkpointing_steps=2, checkpoints_total_limit=1)
+    monkeypatch.undo()
+    run(tmp_path, checkpointing_steps=2, checkpoints_total_limit=1)
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path).values())
+
+
+def test_what_the_launcher_says_of_precision_and_accumulation_does_not_count_unnoticed(tmp_path, monkeypatch):
+    expected = losses(run(tmp_path / "expected"))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    assert torch.equal(losses(run(tmp_path / "accumulated")), expected)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(UsageError, match="give the script --mixed_precision bf16"):
+        run(tmp_path / "mixed")
+
+
 def test_the_folder_of_another_run_is_refused_and_left_as_it_was(tmp_path):
     run(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}

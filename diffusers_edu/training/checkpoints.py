@@ -10,6 +10,7 @@ Weights and moments are those of the whole model whatever its shards, so a check
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -143,26 +144,13 @@ class TrainingState:
         on_main(self.accelerator, lambda: write(final, parts, state, limit))
         return final
 
-    def load(self, checkpoint: Path) -> None:
-        """Put back what `save` wrote.
-
-        Raises:
-            UsageError: the checkpoint is damaged, or of a run with another global batch.
-        """
+    def load(self, checkpoint: Path, state: dict[str, Any]) -> None:
+        """Put back what `save` wrote; `state` is what `check` found."""
         parts: dict[str, Tensors] = {"model": {}, "optimizer": {}, "averages": {}}
 
-        def on_the_main_process() -> dict[str, Any]:
-            state = check(checkpoint)
-            if state["global_batch_size"] != self.total:
-                raise UsageError(
-                    f"{checkpoint} is of a run with {state['global_batch_size']} images a step, and this one has {self.total}; "
-                    "choose --train_batch_size and --gradient_accumulation_steps so that they are the same"
-                )
-            for name in parts:
-                parts[name].update(load_file(checkpoint / f"{name}.safetensors"))
-            return state
-
-        state = on_main(self.accelerator, on_the_main_process)
+        if self.accelerator.is_main_process:
+            for name, part in parts.items():
+                part.update(load_file(checkpoint / f"{name}.safetensors"))
         for name, step in state["averages"].items():
             prefix = f"{name}/"
             self.load_weights({k.removeprefix(prefix): v for k, v in parts["averages"].items() if k.startswith(prefix)})
@@ -219,6 +207,15 @@ def reason_of(error: Exception) -> str:
     return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def to_disk(path: Path) -> None:
+    """Have a file or folder written to the disk now, so that it outlives a loss of power."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "blake2b").hexdigest()[:32]
@@ -234,9 +231,12 @@ def write(final: Path, parts: dict[str, Tensors], state: dict[str, Any], limit: 
             save_file(tensors, aside / f"{name}.safetensors")
         state = {**state, "files": {path.name: digest(path) for path in sorted(aside.iterdir())}}
         (aside / STATE_NAME).write_text(json.dumps(state, indent=2) + "\n")
+        for path in [*aside.iterdir(), aside]:
+            to_disk(path)
         if final.exists():
             remove(final)
         aside.rename(final)
+        to_disk(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise UsageError(
@@ -247,13 +247,13 @@ def write(final: Path, parts: dict[str, Tensors], state: dict[str, Any], limit: 
         remove(old)
 
 
-def check(checkpoint: Path) -> dict[str, Any]:
+def check(checkpoint: Path, total: int) -> dict[str, Any]:
     """The state of a checkpoint, once its files have been found to be those that were written.
 
     Raises:
-        UsageError: a file is missing or another; the message names it.
+        UsageError: a file is missing or another (the message names it), or the run had another global batch than `total` rows.
     """
-    damaged = f"{checkpoint} is damaged (%s); remove it, and the same command goes on from the one before"
+    damaged = f"{checkpoint} is damaged (%s); remove it, and the same command goes on from the newest that is left"
     try:
         state = json.loads((checkpoint / STATE_NAME).read_text())
         files: dict[str, str] = state["files"]
@@ -263,4 +263,9 @@ def check(checkpoint: Path) -> dict[str, Any]:
         path = checkpoint / name
         if not path.is_file() or digest(path) != expected:
             raise UsageError(damaged % name)
+    if state["global_batch_size"] != total:
+        raise UsageError(
+            f"{checkpoint} is of a run with {state['global_batch_size']} images a step, and this one has {total}; "
+            "choose --train_batch_size and --gradient_accumulation_steps so that they are the same"
+        )
     return state

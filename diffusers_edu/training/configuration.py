@@ -32,6 +32,10 @@ class UsageError(ValueError):
     """A mistake in a flag, a path or the data. The message is one line that says what to do."""
 
 
+class LocalError(UsageError):
+    """One that a single process of several has met, and has to tell of."""
+
+
 def flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -144,7 +148,8 @@ class TrainingConfig:
             raise UsageError("give one of --dataset_name and --train_data_dir")
         positive = ("train_batch_size", "max_train_steps", "gradient_accumulation_steps", "num_stages", "num_train_timesteps",
                     "checkpointing_steps", "logging_steps", "learning_rate", "max_grad_norm", "kl_weight", "checkpoints_total_limit",
-                    "resolution", "snr_gamma", "ema_snapshots", "shuffle_buffer")  # fmt: skip
+                    "resolution", "snr_gamma", "ema_snapshots", "shuffle_buffer",
+                    "ema_inv_gamma", "ema_power")  # fmt: skip
         for name in positive:
             value = getattr(self, name)
             if value is not None and not value > 0:

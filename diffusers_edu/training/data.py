@@ -121,17 +121,18 @@ class Visits(Dataset):
 
     def __init__(self, data: Any, seed: int, flip: bool):
         self.data, self.seed, self.flip = data, seed, flip
+        self.crops = getattr(data, "strips", None) is not None
         self.order = EpochOrder(len(data), seed)
 
     def __getitem__(self, positions: list[int]) -> dict[str, Any]:
-        return self.data.batch(self.order(positions), augmentation(self.seed, positions, self.flip))
+        return self.data.batch(self.order(positions), augmentation(self.seed, positions, self.flip, self.crops))
 
 
-def augmentation(seed: int, positions: list[int], flip: bool) -> Augmentation:
+def augmentation(seed: int, positions: list[int], flip: bool, crops: bool = True) -> Augmentation:
     """What is done to the images at some positions of a run, a function of (seed, position)."""
     return Augmentation(
         [flip and uniform_at(seed, "flip", position) < 0.5 for position in positions],
-        [uniform_at(seed, "crop", position) for position in positions],
+        [uniform_at(seed, "crop", position) if crops else 0.5 for position in positions],
     )
 
 

@@ -89,8 +89,8 @@ def encode_data(vae: Any, data: ImageData, flip: bool, batch_size: int, accelera
         starts = range(0, len(data), batch_size)
         for start in tqdm(starts, desc="encoding images", leave=False, disable=len(starts) < 20):
             images = data.batch(list(range(start, min(start + batch_size, len(data)))))["images"].to(accelerator.device)
-            parts.append(moments(vae, images.flip(-1) if flipped else images))
-        mean, scale = (torch.cat(part).cpu() for part in zip(*parts, strict=True))
+            parts.append([part.cpu() for part in moments(vae, images.flip(-1) if flipped else images)])
+        mean, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         return {"latent_mean": mean, "latent_scale": scale}
 
     with accelerator.local_main_process_first():

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -12,7 +13,14 @@ import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.commands.config.config_args import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
-from accelerate.utils import FullyShardedDataParallelPlugin, ProjectConfiguration, broadcast_object_list
+from accelerate.utils import (
+    FullyShardedDataParallelPlugin,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from torch import distributed as dist
 
 from .configuration import TrainingConfig, UsageError
@@ -39,6 +47,21 @@ def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
         broadcast_object_list(outcome)
     if outcome[1] is not None:
         raise UsageError(outcome[1])
+    return outcome[0]
+
+
+def one_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns, which one process of each machine does before the others; a `UsageError` of any is raised by all."""
+    outcome: list[Any] = []
+    message = None
+    with accelerator.local_main_process_first():
+        try:
+            outcome.append(work())
+        except UsageError as error:
+            message = str(error)
+    messages = [m for m in gather_object([message]) if m is not None]
+    if messages:
+        raise UsageError(messages[0])
     return outcome[0]
 
 
@@ -84,12 +107,20 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             # Without this, processes on a machine that has no accelerator would each believe to be alone.
             cpu=not torch.accelerator.is_available(),
             mixed_precision=config.mixed_precision,
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            # A plugin, since the environment would overrule a number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+            # One process may decode or encode a whole data set while the others wait.
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
             log_with=tracker,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
         )
     except (ValueError, ImportError) as error:
         raise UsageError(str(error).splitlines()[0]) from error
+    if tracker and not accelerator.log_with:
+        raise UsageError(f"--report_to {config.report_to}: that package is not installed")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in ("no", config.mixed_precision):
+        raise UsageError(f"the launch asks for {launched}; give the script --mixed_precision {launched} too, which decides")
     if accelerator.distributed_type == DistributedType.MULTI_CPU and os.environ.get("ACCELERATE_USE_FSDP") == "true":
         shard_on_cpu(accelerator)
     fsdp = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None

@@ -48,7 +48,7 @@ class TrainingLog:
         """Average over the processes and write.
 
         Raises:
-            FloatingPointError: a loss that is not finite; the message names the step.
+            FloatingPointError: a loss, or a norm of the gradients, that is not finite; the message names the step.
         """
         if not self.pending:
             return
@@ -57,11 +57,15 @@ class TrainingLog:
         lines: list[dict[str, float]] = []
         for (facts, values), row in zip(self.pending, averaged, strict=True):
             named = dict(zip(values, row, strict=True))
-            if not math.isfinite(named["loss"]):
+            # Where a loss scale is sought, as in fp16, gradients that are not finite are part of the search.
+            watched = ("loss",) if self.accelerator.scaler is not None else ("loss", "grad_norm")
+            wrong = next((name for name in watched if not math.isfinite(named.get(name, 0.0))), None)
+            if wrong is not None:
                 self.pending = []
                 self._write(lines)
+                what = "loss" if wrong == "loss" else "norm of the gradients"
                 raise FloatingPointError(
-                    f"the loss is {named['loss']} at step {facts['step']}: stopped, and earlier checkpoints are kept; "
+                    f"the {what} is {named[wrong]} at step {facts['step']}: stopped, and earlier checkpoints are kept; "
                     "a lower --learning_rate or a longer --lr_warmup_steps may help"
                 )
             if "skipped_images" in named:  # of the run so far; what comes in is the mean over the processes

@@ -154,7 +154,7 @@ class DiffusionObjective(Objective):
     def loss(self, model: nn.Module, batch: Batch, noise: StepNoise) -> tuple[torch.Tensor, Terms]:
         x_0 = self.clean(batch, noise)
         epsilon = noise.normal(*x_0.shape[1:])
-        t = (noise.stratified_uniform() * len(self.scheduler)).long().to(x_0.device)
+        t = (noise.stratified_uniform() * len(self.scheduler)).long().to(x_0.device, non_blocking=True)
         x_t = self.scheduler.add_noise(x_0, epsilon, t)
         output = model(x_t, t, **self.condition(batch, noise)).sample.float()
         if self.chain is None:

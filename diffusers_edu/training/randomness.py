@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -101,7 +102,7 @@ class AddressedDropout:
         finally:
             self.noise = None
 
-    def remove(self) -> None:
+    def close(self) -> None:
         """Leave the model as it was."""
         for handle in self.handles:
             handle.remove()
@@ -129,12 +130,12 @@ class EpochOrder:
 
     def __init__(self, length: int, seed: int):
         self.length, self.seed = length, seed
-        self._orders: dict[int, torch.Tensor] = {}
+        self._orders: dict[int, np.ndarray] = {}
 
     def __call__(self, positions: list[int]) -> list[int]:
         """The images at ascending positions of the run, in which an epoch follows the one before without a gap."""
         epochs = range(positions[0] // self.length, positions[-1] // self.length + 1)
-        self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self.order(epoch) for epoch in epochs}
+        self._orders = {epoch: self._orders[epoch] if epoch in self._orders else self.order(epoch).numpy() for epoch in epochs}
         return [int(self._orders[position // self.length][position % self.length]) for position in positions]
 
     def order(self, epoch: int) -> torch.Tensor:

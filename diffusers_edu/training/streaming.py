@@ -149,17 +149,16 @@ class StreamedVisits(IterableDataset):
     def batch(self, rows: list[tuple[Lane, Any]], positions: list[int]) -> dict[str, Any]:
         """Some rows, decoded; in place of one that cannot be read, if such are skipped, stands the next of its lane that can."""
         config = self.data.config
-        augmented = augmentation(config.seed, positions, config.random_flip)
+        augmented = augmentation(config.seed, positions, config.random_flip, not config.center_crop)
         pixels, chosen, skipped = [], [], 0
         for (lane, row), position, place in zip(rows, positions, augmented.crop, strict=True):
-            at = 0.5 if config.center_crop else place
-            image, ahead = self.data.decode(row, position, at), 0
+            image, ahead = self.data.decode(row, position, place), 0
             skipped += image is None
             while image is None:
                 if ahead == LOOKED_AT:
                     raise UsageError(f"{name_of(config)}: {LOOKED_AT} images in a row cannot be read; mend the data")
                 row = lane.look(ahead)
-                image, ahead = self.data.decode(row, position, at), ahead + 1
+                image, ahead = self.data.decode(row, position, place), ahead + 1
             pixels.append(image)
             chosen.append(row)
         data = with_conditions(pixels, chosen, self.data.columns)

@@ -1,19 +1,22 @@
 """One training loop on Accelerate, for every rung. It knows objectives; it does not know what they train."""
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from .averages import Averages, discard_snapshots, save_snapshot, snapshot_steps, synthesise
-from .checkpoints import TrainingState, discard_later, find_checkpoint, step_of, write_pipeline
-from .configuration import TrainingConfig, UsageError
+from .checkpoints import TrainingState, check, discard_later, find_checkpoint, step_of, write_pipeline
+from .configuration import LocalError, TrainingConfig, UsageError
 from .data import ImageData, Visits
 from .latents import encode_data
 from .launch import Preempted, StopSignal, on_main
@@ -56,7 +59,8 @@ def train(
         Preempted: SIGTERM came; a checkpoint was saved.
     """
     output = Path(config.output_dir)
-    checkpoint = on_main(accelerator, lambda: prepare_folder(config))
+    total = global_batch_size(config, accelerator)
+    checkpoint, saved_state = on_main(accelerator, lambda: prepare_folder(config, total))
     start_step = 0 if checkpoint is None else step_of(checkpoint)
     bare_model = objective.model.train()
     objective.to(accelerator.device)
@@ -64,12 +68,13 @@ def train(
     if vae is not None and isinstance(data, ImageData) and data.strips is None:
         data = encode_data(vae, data, config.random_flip, config.train_batch_size, accelerator)
 
+    check_shards(bare_model, accelerator)
     optimizer, lr_scheduler = make_optimizer(bare_model, config)
     model, optimizer = accelerator.prepare(bare_model, optimizer)
     averages = Averages(model, config)
-    state = TrainingState(model, optimizer, lr_scheduler, averages, accelerator, global_batch_size(config, accelerator))
+    state = TrainingState(model, optimizer, lr_scheduler, averages, accelerator, total)
     if checkpoint is not None:
-        state.load(checkpoint)
+        state.load(checkpoint, saved_state)
     if config.report_to:
         accelerator.init_trackers("diffusers_edu", config=config.as_hyperparameters())
     validation = Validation(pipeline, objective, model, held_out, averages, accelerator, config, sampling or {})
@@ -78,12 +83,14 @@ def train(
     shown = {"desc": config.rung, "initial": start_step, "total": config.max_train_steps, "mininterval": 0.5}
     bar = tqdm(steps, disable=not accelerator.is_main_process, **shown)
     kept = snapshot_steps(config)
-    with StopSignal(accelerator) as stop:
+    with StopSignal(accelerator) as stop, closing(steps):
         for step, learning_rate, values in bar:
             averages.step()
             log.add(step, learning_rate, values)
             if step % 20 == 0 and log.last:
                 bar.set_postfix(loss=f"{log.last['loss']:.4f}", refresh=False)
+            if step in kept or (config.validation_steps and step % config.validation_steps == 0):
+                log.flush()  # which stops a run that diverges, before anything of it is kept
             if step in kept:
                 keep_averages(state, output, step)
             if config.validation_steps and step % config.validation_steps == 0:
@@ -97,20 +104,29 @@ def train(
     finish(pipeline, objective, model, data, state, config, accelerator)
 
 
-def prepare_folder(config: TrainingConfig) -> Path | None:
+def prepare_folder(config: TrainingConfig, total: int) -> tuple[Path | None, dict[str, Any]]:
     """Write the configuration, and clear away what an earlier attempt left beyond the step that this one starts at.
 
-    Returns the checkpoint to go on from, if any. Nothing is changed where a `UsageError` is raised.
+    Returns the checkpoint to go on from, if any, and its state, once that has been found to be whole and of the same global
+    batch, `total`. Nothing is changed where a `UsageError` is raised.
     """
     output = Path(config.output_dir)
     config.check_folder()
     checkpoint = find_checkpoint(config)
     start_step = 0 if checkpoint is None else step_of(checkpoint)
+    state = {} if checkpoint is None else check(checkpoint, total)
     config.save()
     discard_later(output, start_step)
     discard_snapshots(output, start_step)
     cut_log(output / VALIDATION_NAME, start_step)
-    return checkpoint
+    return checkpoint, state
+
+
+def check_shards(model: torch.nn.Module, accelerator: Accelerator) -> None:
+    """Raise a `UsageError` for a model that Accelerate cannot shard, where it is to."""
+    outside = [name for name, _ in model.named_parameters() if "." not in name]
+    if accelerator.distributed_type == DistributedType.FSDP and outside:
+        raise UsageError(f"FSDP: {', '.join(outside)} lies in no layer, and cannot be sharded; launch without --use_fsdp")
 
 
 def global_batch_size(config: TrainingConfig, accelerator: Accelerator) -> int:
@@ -127,38 +143,39 @@ def optimiser_steps(
     config: TrainingConfig,
     accelerator: Accelerator,
     start_step: int,
-) -> Iterator[tuple[int, float, dict[str, torch.Tensor]]]:
+) -> Generator[tuple[int, float, dict[str, torch.Tensor]], None, None]:
     """Take optimiser steps; yield after each its number, from 1, its learning rate, and its loss and terms on the device."""
     per_batch = config.train_batch_size * accelerator.num_processes
     total = global_batch_size(config, accelerator)
     first = accelerator.process_index * config.train_batch_size
     parts = [range(start, start + config.train_batch_size) for start in range(first, total, per_batch)]
     batches = make_batches(data, parts, total, start_step, config, accelerator)
-    dropout = AddressedDropout(objective.model)  # whose names no wrapper has changed
-    for step in range(start_step, config.max_train_steps):
-        # What draws from torch's own stream, against the rules, is at least the same after a restart.
-        torch.manual_seed(derived_seed(config.seed, "stray", step, accelerator.process_index))
-        collected: list[dict[str, torch.Tensor]] = []
-        skipped = getattr(data, "skipped", 0) if step == 0 and accelerator.is_main_process else 0
-        for part in parts:
-            batch = on_device(next(batches), accelerator.device)
-            skipped += batch.pop("skipped", 0)
-            noise = StepNoise(config.seed, step, part, total, accelerator.device)
-            with accelerator.accumulate(model), dropout.of(noise):
-                loss, terms = objective.loss(model, batch, noise)
-                accelerator.backward(loss.mean())
-                if accelerator.sync_gradients:
-                    accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-            collected.append({name: value.detach().float().mean() for name, value in {"loss": loss, **terms}.items()})
-        learning_rate = lr_scheduler.get_last_lr()[0]
-        lr_scheduler.step()
-        values = {name: torch.stack([v[name] for v in collected]).mean() for name in collected[0]}
-        if config.on_bad_image == "skip":
-            values["skipped_images"] = torch.tensor(float(skipped), device=accelerator.device)
-        yield step + 1, learning_rate, values
-    dropout.remove()
+    parameters = list(model.parameters())  # to look for them takes a millisecond
+    with closing(AddressedDropout(objective.model)) as dropout:  # whose names no wrapper has changed
+        for step in range(start_step, config.max_train_steps):
+            collected: list[dict[str, torch.Tensor]] = []
+            skipped = getattr(data, "skipped", 0) if step == 0 and accelerator.is_main_process else 0
+            for part in parts:
+                batch = on_device(next(batches), accelerator.device)
+                skipped += batch.pop("skipped", 0)
+                noise = StepNoise(config.seed, step, part, total, accelerator.device)
+                # What draws from torch's own stream, against the rules, is at least the same after a restart.
+                torch.manual_seed(derived_seed(config.seed, "stray", step, part.start))
+                with accelerator.accumulate(model), dropout.of(noise):
+                    loss, terms = objective.loss(model, batch, noise)
+                    accelerator.backward(loss.mean())
+                    if accelerator.sync_gradients:
+                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                collected.append({name: value.detach().float().mean() for name, value in {"loss": loss, **terms}.items()})
+            learning_rate = lr_scheduler.get_last_lr()[0]
+            lr_scheduler.step()
+            values = {name: torch.stack([v[name] for v in collected]).mean() for name in collected[0]}
+            values["grad_norm"] = norm.full_tensor() if isinstance(norm, DTensor) else norm.detach()
+            if config.on_bad_image == "skip":
+                values["skipped_images"] = torch.tensor(float(skipped), device=accelerator.device)
+            yield step + 1, learning_rate, values
 
 
 def make_batches(
@@ -171,6 +188,8 @@ def make_batches(
         "collate_fn": as_it_is,
         "num_workers": config.dataloader_num_workers,
         "pin_memory": accelerator.device.type == "cuda",
+        # What stops a job is sent to all of its processes; the training one finishes its step, for which it needs the data.
+        "worker_init_fn": ignore_sigterm,
     }
     if isinstance(data, StreamedImages):
         loader = DataLoader(StreamedVisits(data, parts, total, start_step, last), **options)
@@ -179,8 +198,12 @@ def make_batches(
         loader = DataLoader(Visits(data, config.seed, config.random_flip), sampler=positions, **options)
     for batch in loader:
         if "error" in batch:
-            raise UsageError(batch["error"])
+            raise LocalError(batch["error"])
         yield batch
+
+
+def ignore_sigterm(_: int) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def as_it_is(batch: Any) -> Any:
@@ -262,7 +285,7 @@ def gather_model(pipeline: Any, objective: Objective, weights: dict[str, torch.T
     sharded = objective.model
     original: Any = next(kind for kind in type(sharded).__mro__ if not issubclass(kind, FSDPModule))
     whole = original.from_config(sharded.config)
-    whole.load_state_dict(weights)
+    whole.to(next(iter(sharded.parameters())).device).load_state_dict(weights)
     name = next(name for name, part in pipeline.components.items() if part is sharded)
     pipeline.register_modules(**{name: whole})
     objective.model = whole
