@@ -16,7 +16,7 @@ from .rungs import RUNGS, configuration, train_rung
 from .story import SHOWN, Ladder, Measured, as_json, page, steps_argument
 from .training.averages import synthesise
 from .training.checkpoints import write_pipeline
-from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError
+from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError, write_text
 from .training.data import ImageData, load_data
 from .training.log import LOG_NAME, read_log
 from .training.trainer import batches_of
@@ -49,7 +49,7 @@ def climb(output: Path, num_samples: int = 1000, seed: int = 0, max_train_steps:
         print(f"      {summary(rungs[name].metrics)}", flush=True)
     floor = measure(train.images.flatten(1), held_out.images.flatten(1), seed)
     ladder = Ladder(train, held_out, rungs, floor, seed)
-    write(output / "results.json", json.dumps(ladder.as_json(), indent=2) + "\n")
+    write_text(output / "results.json", json.dumps(ladder.as_json(), indent=2) + "\n")
 
     print("drawing the page", flush=True)
     facts = {
@@ -59,15 +59,8 @@ def climb(output: Path, num_samples: int = 1000, seed: int = 0, max_train_steps:
         "run": f"{time.perf_counter() - start:.0f} s",
         "folder": str(output),
     }
-    write(output / "report.html", page(ladder, facts))
+    write_text(output / "report.html", page(ladder, facts))
     print(f"{output / 'report.html'}: open it in a browser ({time.perf_counter() - start:.0f} s in all)", flush=True)
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file in one piece: a run that is cut off leaves the old one."""
-    aside = path.with_suffix(".tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
 
 
 def train_and_measure(config: TrainingConfig, held_out: ImageData, num_samples: int, seed: int) -> Measured:

@@ -17,7 +17,7 @@ from .pipelines.pipeline_latent_diffusion import LatentDiffusionPipeline
 from .pipelines.pipeline_stacked_dae import StackedDAEPipeline
 from .pipelines.pipeline_vae import VAEPipeline
 from .schedulers.scheduling_edu_ddpm import EduDDPMScheduler
-from .training.configuration import TrainingConfig, UsageError
+from .training.configuration import TrainingConfig, UsageError, first_line
 from .training.data import ImageData, load_data
 from .training.dry_run import describe
 from .training.launch import make_accelerator, one_first
@@ -252,7 +252,7 @@ def train_rung(config: TrainingConfig) -> Any:
         try:
             pipeline.push_to_hub(config.hub_model_id or Path(config.output_dir).name)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            reason = first_line(error)
             raise UsageError(f"{config.output_dir} is trained and saved, but could not be uploaded: {reason}") from error
     return pipeline
 

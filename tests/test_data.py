@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from diffusers_edu.training import data as data_module
+from diffusers_edu.training import images as images_module
 from diffusers_edu.training.configuration import TrainingConfig, UsageError
 from diffusers_edu.training.data import Augmentation, ImageData, Visits, load_data
 
@@ -373,8 +373,8 @@ def test_captions_come_from_the_column_named_and_the_first_of_several_counts(tmp
 
 def decoded_count(monkeypatch):
     """A list that grows by one with each image that is decoded."""
-    decoded, read = [], data_module.read_image
-    monkeypatch.setattr(data_module, "read_image", lambda row, index: decoded.append(index) or read(row, index))
+    decoded, read = [], images_module.read_image
+    monkeypatch.setattr(images_module, "read_image", lambda row, index: decoded.append(index) or read(row, index))
     return decoded
 
 
@@ -382,7 +382,7 @@ def decoded_count(monkeypatch):
 def test_images_are_decoded_once(flags, tmp_path, monkeypatch, own_cache):
     save(tmp_path, [noise(8, 10 + i, seed=i) for i in range(10)])
     first = load(tmp_path, **flags)
-    monkeypatch.setattr(data_module, "read_image", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(images_module, "read_image", lambda *_: pytest.fail("decoded again"))
     second = load(tmp_path, **flags)
     assert torch.equal(both(first), both(second))
     for one, other in zip(first[0].strips or [], second[0].strips or [], strict=True):

@@ -4,7 +4,8 @@ import math
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel, UNet2DModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from tiny import tiny_unet
 
 from diffusers_edu import EduDDPMScheduler, StackedDenoisingAutoencoder, VariationalAutoencoder
 from diffusers_edu.training.latents import moments
@@ -18,24 +19,6 @@ def noise(rows: int = 4, step: int = 0) -> StepNoise:
 
 def images(rows: int = 4) -> torch.Tensor:
     return torch.rand(rows, 1, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
-
-
-def tiny_unet(
-    channels: int = 1, size: int = 8, num_class_embeds: int | None = None, out_channels: int | None = None
-) -> UNet2DModel:
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=size,
-        in_channels=channels,
-        out_channels=out_channels or channels,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        add_attention=False,
-        num_class_embeds=num_class_embeds,
-    )
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:

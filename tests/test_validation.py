@@ -7,9 +7,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from diffusers import DDPMPipeline, UNet2DModel
+from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import tiny_unet
 
 from diffusers_edu import EduDDPMScheduler, StackedDAEPipeline, StackedDenoisingAutoencoder
 from diffusers_edu.rungs import configuration, train_rung
@@ -24,22 +25,6 @@ from diffusers_edu.training.validation import VALIDATION_NAME, Validation
 @pytest.fixture(autouse=True)
 def fresh_accelerator():
     AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def tiny_unet(dropout=0.0):
-    torch.manual_seed(0)
-    return UNet2DModel(
-        sample_size=8,
-        in_channels=1,
-        out_channels=1,
-        layers_per_block=1,
-        block_out_channels=(8,),
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-        norm_num_groups=4,
-        add_attention=False,
-        dropout=dropout,
-    )
 
 
 class Look:
@@ -152,7 +137,7 @@ def test_of_two_profiles_the_nearer_is_measured(tmp_path):
 
 
 def test_the_model_is_measured_without_dropout_and_left_in_training_with_its_weights(tmp_path):
-    with_dropout, without = Look(tmp_path, model=tiny_unet(0.5)), Look(tmp_path)
+    with_dropout, without = Look(tmp_path, model=tiny_unet(dropout=0.5)), Look(tmp_path)
     before = {name: tensor.clone() for name, tensor in with_dropout.model.state_dict().items()}
     line = with_dropout()
     assert with_dropout.model.training

@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from .averages import Averages, reshard
-from .configuration import TrainingConfig, UsageError
+from .configuration import TrainingConfig, UsageError, first_line
 from .launch import on_main
 
 STATE_NAME = "state.json"
@@ -204,7 +204,7 @@ def write_pipeline(pipeline: Any, output: Path) -> None:
 
 
 def reason_of(error: Exception) -> str:
-    return getattr(error, "strerror", None) or (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def to_disk(path: Path) -> None:

@@ -36,6 +36,18 @@ class LocalError(UsageError):
     """One that a single process of several has met, and has to tell of."""
 
 
+def first_line(error: Exception) -> str:
+    """What an error of a library says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one piece: what is cut off leaves the old one."""
+    aside = path.with_suffix(".tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
 def flag(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
@@ -179,9 +191,7 @@ class TrainingConfig:
         path = Path(self.output_dir) / CONFIG_NAME
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            aside = path.with_suffix(".tmp")
-            aside.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
-            aside.replace(path)
+            write_text(path, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
         except OSError as error:
             raise UsageError(f"--output_dir {self.output_dir}: cannot be written ({error.strerror})") from error
 

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .cache import cached
 from .configuration import TrainingConfig, UsageError
-from .images import BadImageError, as_tensor, crop, fit, read_image, upright_size
+from .images import as_tensors, crop, decode_row, upright_size
 from .randomness import EpochOrder, uniform_at
 from .sources import Columns, name_of, open_dataset, undecoded
 
@@ -136,6 +136,11 @@ def augmentation(seed: int, positions: list[int], flip: bool, crops: bool = True
     )
 
 
+def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
+
+
 def load_data(config: TrainingConfig) -> tuple[Any, ImageData]:
     """The images to train on and the held-out images, on which alone anything is measured.
 
@@ -220,12 +225,7 @@ def decode_rows(rows: Any, resolution: int, config: TrainingConfig, channels: in
     """The pixels of all rows that can be read, and which those are."""
 
     def decoded(numbered: tuple[int, Any]) -> np.ndarray | None:
-        try:
-            return fit(read_image(numbered[1], numbered[0]), resolution, config.center_crop)
-        except BadImageError:
-            if config.on_bad_image == "error":
-                raise
-            return None
+        return decode_row(numbered[1], numbered[0], resolution, config.center_crop, config)
 
     arrays: list[np.ndarray] = []
     kept: list[int] = []
@@ -242,8 +242,7 @@ def decode_rows(rows: Any, resolution: int, config: TrainingConfig, channels: in
             bar.update(len(numbers))
     if not arrays:
         raise UsageError(f"{name_of(config)}: none of its {len(rows)} images can be read")
-    channels = channels or (1 if all(array.ndim == 2 for array in arrays) else 3)
-    tensors = [as_tensor(array, channels) for array in arrays]
+    tensors = as_tensors(arrays, channels)
     found = {"kept": torch.tensor(kept)}
     if config.center_crop:
         return {**found, "pixels": torch.stack(tensors)}

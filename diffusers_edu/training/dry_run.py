@@ -11,6 +11,7 @@ from .configuration import TrainingConfig
 from .data import ImageData
 from .objectives import Objective
 from .randomness import StepNoise
+from .trainer import global_batch_size
 
 ROWS = 2  # of the batch that is looked at
 
@@ -32,7 +33,7 @@ def describe(objective: Objective, data: Any, config: TrainingConfig, accelerato
         "activations of a batch": saved_for_backward(objective, data, config) * config.train_batch_size // ROWS,
         "images": data.pixels.numel() + sum(strip.numel() for strip in data.strips or []) if isinstance(data, ImageData) else 0,
     }
-    total = config.train_batch_size * accelerator.num_processes * config.gradient_accumulation_steps
+    total = global_batch_size(config, accelerator)
     images = total * config.max_train_steps
     epochs = f"{images / len(data):.1f} epochs of {len(data):,}" if isinstance(data, ImageData) else "streamed"
     lines = [

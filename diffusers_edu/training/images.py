@@ -7,20 +7,18 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .configuration import UsageError
+from .configuration import TrainingConfig, UsageError
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
 WHAT_PIL_RAISES = (
-    *(
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        OSError,
-        SyntaxError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-    ),
+    UnidentifiedImageError,
+    Image.DecompressionBombError,
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
 )
 MEND = "mend or remove it, or leave such images out with --on_bad_image skip"
 
@@ -96,6 +94,22 @@ def as_tensor(array: np.ndarray, channels: int) -> torch.Tensor:
     if channels == 1:
         return torch.from_numpy(array.mean(2, dtype=np.float32).round().astype(np.uint8)[None])
     return torch.from_numpy(array.transpose(2, 0, 1).copy())
+
+
+def decode_row(row: Any, index: int, resolution: int, center_crop: bool, config: TrainingConfig) -> np.ndarray | None:
+    """An image as `fit` makes it, or None where it cannot be read and the run skips such; see `read_image`."""
+    try:
+        return fit(read_image(row, index), resolution, center_crop)
+    except BadImageError:
+        if config.on_bad_image == "error":
+            raise
+        return None
+
+
+def as_tensors(arrays: list[np.ndarray], channels: int | None) -> list[torch.Tensor]:
+    """uint8 (C, H, W) each; without `channels`, grey where all are grey, else RGB."""
+    channels = channels or (1 if all(array.ndim == 2 for array in arrays) else 3)
+    return [as_tensor(array, channels) for array in arrays]
 
 
 def crop(strip: torch.Tensor, resolution: int, position: float) -> torch.Tensor:

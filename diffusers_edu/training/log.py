@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from .configuration import write_text
+
 LOG_NAME = "log.jsonl"
 
 
@@ -88,9 +90,7 @@ class TrainingLog:
 def cut_log(path: Path, step: int) -> None:
     """Drop the lines of later steps, and one that was cut off in writing; in one piece."""
     if path.exists():
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
-        aside.replace(path)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step))
 
 
 def read_log(path: Path) -> list[dict[str, float]]:

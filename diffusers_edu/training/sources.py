@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .configuration import TrainingConfig, UsageError
+from .configuration import TrainingConfig, UsageError, first_line
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "val")
 
@@ -37,8 +37,7 @@ def open_dataset(config: TrainingConfig) -> tuple[Any, Any]:
     except UsageError:
         raise
     except Exception as error:  # the library raises many kinds; each means that there is nothing to train on
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UsageError(f"{name_of(config)} cannot be loaded: {first_line}") from error
+        raise UsageError(f"{name_of(config)} cannot be loaded: {first_line(error)}") from error
     splits = {name: split for name, split in loaded.items() if config.streaming or len(split) > 0}
     train_name = "train" if "train" in splits else next(iter(splits))
     held_out_name = next((name for name in HELD_OUT_NAMES if name in splits and name != train_name), None)

@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from .configuration import TrainingConfig, UsageError
 from .data import ImageData, augmentation
-from .images import BadImageError, as_tensor, crop, fit, read_image
+from .images import as_tensor, as_tensors, crop, decode_row
 from .randomness import derived_seed
 from .sources import Columns, name_of, undecoded
 
@@ -82,13 +82,8 @@ class StreamedImages:
 
     def decode(self, row: Any, number: int, at: float) -> torch.Tensor | None:
         """uint8 (C, H, W) of a row, or None where it cannot be read and such are skipped."""
-        try:
-            array = fit(read_image(row[self.columns.image], number), self.resolution, self.config.center_crop)
-        except BadImageError:
-            if self.config.on_bad_image == "error":
-                raise
-            return None
-        return crop(as_tensor(array, self.channels), self.resolution, at)
+        array = decode_row(row[self.columns.image], number, self.resolution, self.config.center_crop, self.config)
+        return None if array is None else crop(as_tensor(array, self.channels), self.resolution, at)
 
 
 class Lane:
@@ -202,18 +197,15 @@ def gather(rows: Iterator[Any], count: int, config: TrainingConfig, columns: Col
     """The first images among some rows, in memory; without `channels`, grey where all are grey."""
     arrays, found = [], []
     for number, row in enumerate(rows):
-        try:
-            arrays.append(fit(read_image(row[columns.image], number), int(config.resolution or 64)))
+        array = decode_row(row[columns.image], number, int(config.resolution or 64), True, config)
+        if array is not None:
+            arrays.append(array)
             found.append(row)
-        except BadImageError:
-            if config.on_bad_image == "error":
-                raise
         if len(arrays) == count:
             break
     if not arrays:
         raise UsageError(f"{name_of(config)} has no images that can be read")
-    channels = channels or (1 if all(array.ndim == 2 for array in arrays) else 3)
-    return with_conditions([as_tensor(array, channels) for array in arrays], found, columns)
+    return with_conditions(as_tensors(arrays, channels), found, columns)
 
 
 def load_streams(train: Any, held_out: Any, config: TrainingConfig) -> tuple[StreamedImages, ImageData]:

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from .averages import Averages, discard_snapshots, save_snapshot, snapshot_steps, synthesise
 from .checkpoints import TrainingState, check, discard_later, find_checkpoint, step_of, write_pipeline
 from .configuration import LocalError, TrainingConfig, UsageError
-from .data import ImageData, Visits
+from .data import ImageData, Visits, on_device
 from .latents import encode_data
 from .launch import Preempted, StopSignal, on_main
 from .log import LOG_NAME, TrainingLog, cut_log
@@ -209,10 +209,6 @@ def ignore_sigterm(_: int) -> None:
 def as_it_is(batch: Any) -> Any:
     """The collation of batches that the data set has put together itself."""
     return batch
-
-
-def on_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    return {name: v.to(device, non_blocking=True) if torch.is_tensor(v) else v for name, v in batch.items()}
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from .averages import Averages, reshard
 from .configuration import TrainingConfig
-from .data import ImageData
+from .data import ImageData, on_device
 from .objectives import Objective
 from .randomness import StepNoise, derived_seed
 
@@ -82,8 +82,7 @@ class Validation:
         device = self.accelerator.device
         with self.averages.applied(average):
             for rows in self.my_batches(self.total):
-                batch = self.data.batch([int(self.order[row % self.total]) for row in rows])
-                batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+                batch = on_device(self.data.batch([int(self.order[row % self.total]) for row in rows]), device)
                 noise = StepNoise(self.seed, "validation", rows, self.total, device)
                 loss, terms = self.objective.loss(self.model, batch, noise)
                 numbers = torch.arange(rows.start, rows.stop, device=device)
