@@ -27,8 +27,9 @@ def train(arguments: list[str]) -> None:
     """Train one rung."""
     from transformers import HfArgumentParser
 
+    from .errors import UsageError
     from .rungs import RUNGS, configuration, train_rung
-    from .training.configuration import TrainingConfig, UsageError
+    from .training.configuration import TrainingConfig
 
     class ConfigParser(HfArgumentParser):
         error = Parser.error
@@ -103,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.__doc__, add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    from .training.configuration import LocalError, UsageError
+    from .errors import LocalError, UsageError
     from .training.launch import Preempted
 
     try:

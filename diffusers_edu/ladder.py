@@ -10,13 +10,14 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
+from .errors import UsageError
 from .evaluation.metrics import Estimate, measure
 from .evaluation.sampling import sample
 from .rungs import RUNGS, configuration, train_rung
 from .story import SHOWN, Ladder, Measured, as_json, page, steps_argument
 from .training.averages import synthesise
 from .training.checkpoints import write_pipeline
-from .training.configuration import CONFIG_NAME, TrainingConfig, UsageError, write_text
+from .training.configuration import CONFIG_NAME, TrainingConfig, write_text
 from .training.data import ImageData, load_data
 from .training.log import LOG_NAME, read_log
 from .training.trainer import batches_of

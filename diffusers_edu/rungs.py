@@ -11,13 +11,14 @@ from accelerate.utils import set_seed
 from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, UNet2DModel
 from huggingface_hub import get_token
 
+from .errors import UsageError, first_line
 from .models.modeling_stacked_dae import StackedDenoisingAutoencoder
 from .models.modeling_vae import VariationalAutoencoder
 from .pipelines.pipeline_latent_diffusion import LatentDiffusionPipeline
 from .pipelines.pipeline_stacked_dae import StackedDAEPipeline
 from .pipelines.pipeline_vae import VAEPipeline
 from .schedulers.scheduling_edu_ddpm import EduDDPMScheduler
-from .training.configuration import TrainingConfig, UsageError, first_line
+from .training.configuration import TrainingConfig
 from .training.data import ImageData, load_data
 from .training.dry_run import describe
 from .training.launch import make_accelerator, one_first

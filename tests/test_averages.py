@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from diffusers_edu.cli import main
+from diffusers_edu.errors import UsageError
 from diffusers_edu.rungs import configuration, train_rung
 from diffusers_edu.training import averages as averages_module
 from diffusers_edu.training.averages import (
@@ -27,7 +28,7 @@ from diffusers_edu.training.averages import (
     snapshots,
     synthesise,
 )
-from diffusers_edu.training.configuration import TrainingConfig, UsageError
+from diffusers_edu.training.configuration import TrainingConfig
 
 STEPS = 400
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
+from diffusers_edu.errors import UsageError
 from diffusers_edu.training import images as images_module
-from diffusers_edu.training.configuration import TrainingConfig, UsageError
+from diffusers_edu.training.configuration import TrainingConfig
 from diffusers_edu.training.data import Augmentation, ImageData, Visits, load_data
 
 

@@ -12,8 +12,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from safetensors.torch import load_file
 
+from diffusers_edu.errors import UsageError
 from diffusers_edu.rungs import configuration, train_rung
-from diffusers_edu.training.configuration import TrainingConfig, UsageError
+from diffusers_edu.training.configuration import TrainingConfig
 from diffusers_edu.training.data import load_data
 from diffusers_edu.training.objectives import VariationalObjective
 from diffusers_edu.training.sources import Columns

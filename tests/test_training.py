@@ -9,9 +9,9 @@ from accelerate.state import AcceleratorState
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
+from diffusers_edu.errors import UsageError
 from diffusers_edu.rungs import RUNGS, configuration, train_rung
 from diffusers_edu.training import objectives
-from diffusers_edu.training.configuration import UsageError
 
 TINY = {"dataset_name": "digits", "train_batch_size": 8, "max_train_steps": 6, "lr_warmup_steps": 2, "checkpointing_steps": 100}
 

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from .configuration import TrainingConfig, UsageError
+from ..errors import UsageError
+from .configuration import TrainingConfig
 
 SNAPSHOTS = "ema_snapshots"
 TRACKED = (0.05, 0.10)  # the two lengths that are averaged in training; the paper's

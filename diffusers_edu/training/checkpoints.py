@@ -28,8 +28,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from ..errors import UsageError, first_line
 from .averages import Averages, reshard
-from .configuration import TrainingConfig, UsageError, first_line
+from .configuration import TrainingConfig
 from .launch import on_main
 
 STATE_NAME = "state.json"

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..errors import UsageError
+
 CONFIG_NAME = "training_config.json"
 
 # What may change between a run and its continuation, because it does not change what is learned.
@@ -26,19 +28,6 @@ OPERATIONAL = {
     "train_batch_size",
     "gradient_accumulation_steps",
 }
-
-
-class UsageError(ValueError):
-    """A mistake in a flag, a path or the data. The message is one line that says what to do."""
-
-
-class LocalError(UsageError):
-    """One that a single process of several has met, and has to tell of."""
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from ..errors import UsageError
 from .cache import cached
-from .configuration import TrainingConfig, UsageError
+from .configuration import TrainingConfig
 from .images import as_tensors, crop, decode_row, upright_size
 from .randomness import EpochOrder, uniform_at
 from .sources import Columns, name_of, open_dataset, undecoded

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from .configuration import TrainingConfig, UsageError
+from ..errors import UsageError
+from .configuration import TrainingConfig
 
 GREY_MODES = {"1", "L", "LA", "I", "I;16", "I;16B", "F"}
 WHAT_PIL_RAISES = (

@@ -23,7 +23,8 @@ from accelerate.utils import (
 )
 from torch import distributed as dist
 
-from .configuration import TrainingConfig, UsageError
+from ..errors import UsageError
+from .configuration import TrainingConfig
 
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.accelerate_cli", "accelerate.commands.launch")
 LAUNCH_FILE = "accelerate/commands/launch.py"

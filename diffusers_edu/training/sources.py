@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .configuration import TrainingConfig, UsageError, first_line
+from ..errors import UsageError, first_line
+from .configuration import TrainingConfig
 
 HELD_OUT_NAMES = ("test", "validation", "valid", "val")
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .configuration import TrainingConfig, UsageError
+from ..errors import UsageError
+from .configuration import TrainingConfig
 from .data import ImageData, augmentation
 from .images import as_tensor, as_tensors, crop, decode_row
 from .randomness import derived_seed

@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ..errors import LocalError, UsageError
 from .averages import Averages, discard_snapshots, save_snapshot, snapshot_steps, synthesise
 from .checkpoints import TrainingState, check, discard_later, find_checkpoint, step_of, write_pipeline
-from .configuration import LocalError, TrainingConfig, UsageError
+from .configuration import TrainingConfig
 from .data import ImageData, Visits, on_device
 from .latents import encode_data
 from .launch import Preempted, StopSignal, on_main
