@@ -64,6 +64,7 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: the tensors that the callback sees; only `latents` there is.
         """
         self.check_inputs(callback_on_step_end_tensor_inputs)
+        self._guidance_scale = guidance_scale
         device, dtype = self._execution_device, self.unet.dtype
         size = self.unet.config.sample_size
         shape = (batch_size, self.unet.config.in_channels, *([size, size] if isinstance(size, int) else size))
@@ -72,21 +73,24 @@ class LatentDiffusionPipeline(DiffusionPipeline):
         elif latents.shape != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}; this model takes {shape}")
         self.scheduler.set_timesteps(num_inference_steps, device=device)
+        self._num_timesteps = len(self.scheduler.timesteps)
         latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma  # which may depend on the timesteps
         labels = self.prepare_labels(class_labels, batch_size, device)
-        guided = class_labels is not None and guidance_scale != 1.0
-        if guided:
-            labels = torch.cat([torch.full_like(labels, self.unet.config.num_class_embeds - 1), labels])
+        if class_labels is not None:
+            none = torch.full_like(labels, self.unet.config.num_class_embeds - 1)
 
         extra = self.prepare_extra_step_kwargs(generator)
         for i, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model_input = self.scheduler.scale_model_input(latents, t)
-            output = self.unet(torch.cat([model_input] * 2) if guided else model_input, t, class_labels=labels).sample
+            guided = class_labels is not None and self.guidance_scale != 1.0  # which a callback may have changed
             if guided:
-                unconditional, conditional = output.chunk(2)
-                output = unconditional + guidance_scale * (conditional - unconditional)
+                both = torch.cat([model_input] * 2)
+                unconditional, conditional = self.unet(both, t, class_labels=torch.cat([none, labels])).sample.chunk(2)
+                output = unconditional + self.guidance_scale * (conditional - unconditional)
                 # A learned variance, in further channels, is no direction to go further in.
                 output[:, latents.shape[1] :] = conditional[:, latents.shape[1] :]
+            else:
+                output = self.unet(model_input, t, class_labels=labels).sample
             latents = self.scheduler.step(output, t, latents, **extra).prev_sample
             if callback_on_step_end is not None:
                 seen = dict.fromkeys(callback_on_step_end_tensor_inputs, latents)
@@ -100,6 +104,16 @@ class LatentDiffusionPipeline(DiffusionPipeline):
             images = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def guidance_scale(self) -> float:
+        """w of the call in progress, or of the last one; a callback changes it by `pipeline._guidance_scale`."""
+        return self._guidance_scale
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps of the call in progress, or of the last one."""
+        return self._num_timesteps
 
     def check_inputs(self, callback_tensor_inputs: list[str]) -> None:
         unknown = set(callback_tensor_inputs) - set(self._callback_tensor_inputs)

@@ -57,6 +57,7 @@ class StackedDAEPipeline(DiffusionPipeline):
         config = self.model.config
         shape = (batch_size, config.in_channels, config.sample_size, config.sample_size)
         levels = self.levels(num_inference_steps)
+        self._num_timesteps = len(levels)
 
         def draw() -> torch.Tensor:
             return randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.model.dtype)
@@ -74,6 +75,11 @@ class StackedDAEPipeline(DiffusionPipeline):
         images = self.image_processor.postprocess(image, output_type=output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def num_timesteps(self) -> int:
+        """The steps of the call in progress, or of the last one; callbacks ask for it."""
+        return self._num_timesteps
 
     def levels(self, num_inference_steps: int | None) -> list[int]:
         """The levels K .. 1 to visit, from the noisiest down."""

@@ -185,3 +185,18 @@ def test_save_and_load_keeps_outputs_and_configuration(kind, tmp_path):
     assert torch.equal(loaded.log_sigma_x, vae.log_sigma_x)
     assert torch.equal(loaded.encode(x).latent_dist.scale_tril, vae.encode(x).latent_dist.scale_tril)
     assert torch.equal(loaded(x, True, generator=seeded()).sample, vae(x, True, generator=seeded()).sample)
+
+
+def test_checkpointed_gradients_are_the_same():
+    x = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        vae = VariationalAutoencoder(block_out_channels=(8, 8), norm_num_groups=4).train()
+        if checkpointed:
+            vae.enable_gradient_checkpointing()
+        vae(x).sample.square().sum().backward()
+        gradients.append([p.grad for p in vae.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1]) > 10
+    for one, other in zip(*gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-5

@@ -65,6 +65,8 @@ class StackedDenoisingAutoencoder(ModelMixin, ConfigMixin):
         ValueError: a size that cannot be halved so often (the message says which can), or levels that do not increase.
     """
 
+    _no_split_modules = ["DenoisingStage"]
+
     @register_to_config
     def __init__(
         self,

@@ -7,6 +7,7 @@
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,6 +113,9 @@ class VariationalAutoencoderOutput(BaseOutput):
 class ResidualBlock(nn.Module):
     """x + f(x), with two normalised 3x3 convolutions; (B, C, H, W) to the same."""
 
+    gradient_checkpointing = False
+    _gradient_checkpointing_func: Callable[..., torch.Tensor]  # both are set by `enable_gradient_checkpointing`
+
     def __init__(self, channels: int, norm_num_groups: int):
         super().__init__()
         self.layers = nn.Sequential(
@@ -124,6 +128,8 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return x + self._gradient_checkpointing_func(self.layers, x)
         return x + self.layers(x)
 
 
@@ -145,6 +151,10 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
     Raises:
         ValueError: an unknown posterior, or a size that cannot be halved so often (the message says which can).
     """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["ResidualBlock"]
+    _group_offload_block_modules = ["to_moments", "to_lower"]  # `encode` and `decode` pass by `forward`, which would load them
 
     @register_to_config
     def __init__(
@@ -226,13 +236,13 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         return_dict: bool = True,
         generator: torch.Generator | None = None,
         noise: torch.Tensor | None = None,
-    ) -> VariationalAutoencoderOutput | tuple[torch.Tensor, GaussianPosterior]:
+    ) -> VariationalAutoencoderOutput | tuple[torch.Tensor]:
         """Encode and decode images in [-1, 1].
 
         Args:
             sample: x, shape (B, in_channels, H, W).
             sample_posterior: decode a draw z ~ q(z | x) rather than its mean.
-            return_dict: whether to return a [`VariationalAutoencoderOutput`] or the tuple (image, posterior).
+            return_dict: whether to return a [`VariationalAutoencoderOutput`] or the tuple (image,).
             generator: the source of the draw.
             noise: the epsilon of the draw itself, the shape of z, in place of a generator.
         """
@@ -242,4 +252,4 @@ class VariationalAutoencoder(ModelMixin, ConfigMixin):
         else:
             z = posterior.sample(generator) if sample_posterior else posterior.mode()
         (image,) = self.decode(z, return_dict=False)
-        return VariationalAutoencoderOutput(image, posterior) if return_dict else (image, posterior)
+        return VariationalAutoencoderOutput(image, posterior) if return_dict else (image,)
