@@ -9,9 +9,8 @@ from typing import Any
 
 from accelerate.utils import set_seed
 from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, UNet2DModel
-from huggingface_hub import get_token
 
-from .errors import UsageError, first_line
+from .errors import UsageError
 from .models.modeling_stacked_dae import StackedDenoisingAutoencoder
 from .models.modeling_vae import VariationalAutoencoder
 from .pipelines.pipeline_latent_diffusion import LatentDiffusionPipeline
@@ -35,6 +34,7 @@ class Rung:
         change: what is new against the rung before, a sentence.
         build: makes the untrained pipeline.
         objective: makes the objective that trains it.
+        limit: what it is not good for, a sentence.
         defaults: of the configuration, where they differ from `TrainingConfig`'s.
         num_inference_steps: for sampling; None where it has no meaning.
     """
@@ -43,6 +43,7 @@ class Rung:
     change: str
     build: Callable[[TrainingConfig, ImageData], DiffusionPipeline]
     objective: Callable[[Any, TrainingConfig, ImageData], Objective]
+    limit: str
     defaults: dict[str, Any] = field(default_factory=dict)
     num_inference_steps: int | None = None
 
@@ -140,6 +141,7 @@ RUNGS: dict[str, Rung] = {
         change="One encoder-decoder is asked to remove all the noise at once.",
         build=lambda config, data: build_stack(config, data, num_stages=1, fresh_noise=False),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
+        limit="It makes one image, the mean of its data, whatever the noise: a step of a lesson, no generator.",
         defaults=dict(max_train_steps=400, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=1,
     ),
@@ -149,6 +151,7 @@ RUNGS: dict[str, Rung] = {
         "returned, and an image is handed down from stage to stage.",
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=False),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
+        limit="Its samples are all alike, as the first stage takes all the randomness away: a step of a lesson, no generator.",
         defaults=dict(max_train_steps=300, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=10,
     ),
@@ -157,6 +160,7 @@ RUNGS: dict[str, Rung] = {
         change="Fresh noise enters before every stage, in training and in sampling.",
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=True),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
+        limit="Its samples are blurred: each stage returns an average over the images that its input allows.",
         defaults=dict(max_train_steps=1000, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=10,
     ),
@@ -166,6 +170,7 @@ RUNGS: dict[str, Rung] = {
         "weight here is a fifth of the evidence lower bound's: sharper images, more holes in the prior.)",
         build=build_vae,
         objective=lambda pipeline, config, data: VariationalObjective(pipeline.vae, config.kl_weight),
+        limit="Its samples are blurred, and codes from N(0, I) that fall into holes of the prior decode to no image of the data.",
         # Less than the bound's weight of 1: sharper images, more holes; the latent rung fills the holes.
         defaults=dict(max_train_steps=700, train_batch_size=128, learning_rate=2e-3, ema_max_decay=0.99, kl_weight=0.2),
     ),
@@ -177,6 +182,7 @@ RUNGS: dict[str, Rung] = {
         objective=lambda pipeline, config, data: DiffusionObjective(
             pipeline.unet, pipeline.scheduler, snr_gamma=config.snr_gamma, bin_width=2 / data.max_value
         ),
+        limit="It takes no labels and no prompts, and one call of its network for every step: slow, next to a model of one step.",
         defaults=dict(max_train_steps=1400, train_batch_size=128, learning_rate=4e-3),
         num_inference_steps=50,
     ),
@@ -191,6 +197,7 @@ RUNGS: dict[str, Rung] = {
             dropout=config.conditioning_dropout_prob,
             snr_gamma=config.snr_gamma,
         ),
+        limit="Its decoder sets the limit: detail that the autoencoder loses, no sampling brings back.",
         defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3, kl_weight=0.2),
         num_inference_steps=50,
     ),
@@ -219,8 +226,6 @@ def train_rung(config: TrainingConfig) -> Any:
     is there already is used.
     """
     config.check_folder()
-    if config.push_to_hub and get_token() is None:
-        raise UsageError("--push_to_hub: you are not logged in; run 'hf auth login' or set HF_TOKEN")
     build_config = config
     own_vae = config.rung == "latent_diffusion" and config.vae_path is None
     if own_vae and not config.dry_run:
@@ -249,12 +254,6 @@ def train_rung(config: TrainingConfig) -> Any:
     steps = rung.num_inference_steps
     sampling = {} if steps is None else {"num_inference_steps": min(steps, config.num_train_timesteps)}
     train(pipeline, objective, data, held_out, config, accelerator, sampling)
-    if config.push_to_hub and accelerator.is_main_process:
-        try:
-            pipeline.push_to_hub(config.hub_model_id or Path(config.output_dir).name)
-        except (OSError, ValueError, RuntimeError) as error:
-            reason = first_line(error)
-            raise UsageError(f"{config.output_dir} is trained and saved, but could not be uploaded: {reason}") from error
     return pipeline
 
 

@@ -48,8 +48,8 @@ class Measured:
             "num_parameters": self.num_parameters,
             "num_samples": len(self.samples),
             "num_inference_steps": self.num_inference_steps,
+            "bits_per_dim": None,  # unless it has a likelihood
             **as_json(self.metrics),
-            "bits_per_dim": None,
         }
 
 

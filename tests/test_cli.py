@@ -102,7 +102,7 @@ def test_a_model_that_is_no_vae_is_refused(capsys, tmp_path):
 
 def test_uploading_without_a_login_is_refused_before_training(capsys, tmp_path, monkeypatch):
     monkeypatch.delenv("HF_TOKEN", raising=False)
-    monkeypatch.setattr("diffusers_edu.rungs.get_token", lambda: None)
+    monkeypatch.setattr("diffusers_edu.hub.publish.get_token", lambda: None)
     assert "logged in" in train_refused(capsys, tmp_path, "--rung", "dae", "--dataset_name", "digits", "--push_to_hub")
 
 

@@ -7,7 +7,17 @@ from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from diffusers_edu.evaluation.claims import sharpness
-from diffusers_edu.evaluation.metrics import Features, diversity, frechet_distance, kernel_distance, measure, precision_recall
+from diffusers_edu.evaluation.metrics import (
+    Features,
+    density_coverage,
+    diversity,
+    frechet_distance,
+    kernel_distance,
+    measure,
+    memorised,
+    precision_recall,
+    two_sample_accuracy,
+)
 from diffusers_edu.training.data import load_digits
 
 
@@ -68,6 +78,46 @@ def test_precision_falls_with_wrong_samples_and_recall_with_missing_modes():
     assert precision.value == recall.value == 0
     assert precision.interval[0] == pytest.approx(0, abs=1e-9)
     assert 0 < precision.interval[1] < 0.05
+
+
+def test_density_and_coverage_are_what_their_authors_derive_for_equal_distributions():
+    n, k = 600, 5
+    density, coverage = density_coverage(normal(n), normal(n, seed=1), k=k)
+    assert density.value == pytest.approx(1, abs=0.1)
+    # Naeem et al. 2020, eq. (8): the expected coverage for M = N.
+    expected = 1 - np.prod([(n - i) / (2 * n - i) for i in range(k)])
+    assert coverage.value == pytest.approx(expected, abs=0.03)
+    assert density.interval[0] < density.value < density.interval[1]
+
+
+def test_density_and_coverage_see_wrong_samples_missing_modes_and_outliers():
+    reference = torch.cat([normal(200), normal(200, shift=20)])
+    density, coverage = density_coverage(normal(400, seed=2), reference)
+    assert density.value > 0.8
+    assert 0.4 < coverage.value <= 0.5
+    assert [figure.value for figure in density_coverage(normal(200, shift=-20), reference)] == [0, 0]
+    # An outlier's ball reaches over empty space: precision takes what lies there for good, density hardly.
+    reference[:1] = 60
+    between = normal(200, seed=3, shift=40)
+    assert precision_recall(between, reference)[0].value > 0.9
+    assert density_coverage(between, reference)[0].value < 0.25
+
+
+def test_two_samples_of_one_distribution_cannot_be_told_apart():
+    same = two_sample_accuracy(normal(800), normal(500, seed=1))
+    assert same.interval[0] < 0.5 < same.interval[1]
+    assert same.n == 1000
+    assert two_sample_accuracy(normal(300), normal(300, seed=1, shift=10)).value == 1
+    data = normal(300)
+    assert two_sample_accuracy(data + 1e-6, data).value == 0  # copies
+
+
+def test_copies_are_found_and_other_samples_are_not():
+    train, held_out = normal(500), normal(300, seed=1)
+    fresh = memorised(normal(2000, seed=2), train, held_out)
+    assert fresh.value == pytest.approx(0.05, abs=0.03)
+    copies = memorised(torch.cat([train[:100] + 1e-4, normal(300, seed=2)]), train, held_out)
+    assert copies.value == pytest.approx(0.25 + 0.75 * 0.05, abs=0.04)
 
 
 def test_diversity_is_the_ratio_of_standard_deviations():

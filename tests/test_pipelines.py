@@ -22,8 +22,8 @@ WIDTHS = {"block_out_channels": (8, 8), "norm_num_groups": 4}
 SCALES = {"scaling_factor": 0.7}
 
 
-def make_stack(channels=1, fresh_noise=True):
-    sizes = {"num_stages": 4, "block_out_channels": (8,), "latent_dim": 4}
+def make_stack(channels=1, fresh_noise=True, num_stages=4):
+    sizes = {"num_stages": num_stages, "block_out_channels": (8,), "latent_dim": 4}
     model = StackedDenoisingAutoencoder(channels, 8, fresh_noise=fresh_noise, **sizes)
     with torch.no_grad():  # fresh weights contract: without a gain, four stages in a row forget what they began with
         for weight in model.parameters():
@@ -35,15 +35,17 @@ def make_vae(channels=1):
     return VariationalAutoencoder(channels, channels, 8, latent_channels=2, **WIDTHS, **SCALES)
 
 
-def make_stock_vae(channels=1):
+def make_stock_vae(channels=1, shift_factor=0.2):
     blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
     sizes = {"in_channels": channels, "out_channels": channels, "sample_size": 8, "latent_channels": 2}
-    return AutoencoderKL(shift_factor=0.2, **SCALES, **sizes, **blocks, **WIDTHS)
+    return AutoencoderKL(shift_factor=shift_factor, **SCALES, **sizes, **blocks, **WIDTHS)
 
 
-def make_unet(channels, size, num_class_embeds=None):
+def make_unet(channels, size, num_class_embeds=None, out_channels=None):
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "layers_per_block": 1, **WIDTHS}
-    return UNet2DModel(size, channels, channels, num_class_embeds=num_class_embeds, add_attention=False, **blocks)
+    return UNet2DModel(
+        size, channels, out_channels or channels, num_class_embeds=num_class_embeds, add_attention=False, **blocks
+    )
 
 
 def make_latent(channels=1, vae=make_vae, num_class_embeds=None):
@@ -299,3 +301,24 @@ def test_offloading_hooks_fire_on_the_vae(method):
     add_hook_to_module(vae, hook)
     getattr(vae, method)(torch.zeros(1, *((1, 8, 8) if method == "encode" else vae.latent_shape)))
     assert hook.fired
+
+
+@with_callbacks
+def test_callbacks_may_ask_for_the_number_of_steps(name):
+    seen = []
+    sample(build(name), callback_on_step_end=lambda pipe, step, t, tensors: seen.append(pipe.num_timesteps) or {})
+    assert seen == [3, 3, 3]
+
+
+def test_a_callback_may_end_the_guidance():
+    """As elsewhere in diffusers, by `_guidance_scale`: from then on only the labelled half is computed."""
+    pipe, sizes = build("latent_classes"), []
+    forward = pipe.unet.forward
+    pipe.unet.forward = lambda x, *args, **kwargs: sizes.append(len(x)) or forward(x, *args, **kwargs)
+
+    def end(pipe, step, t, tensors):
+        pipe._guidance_scale = 1.0
+        return {}
+
+    sample(pipe, batch_size=2, class_labels=[0, 1], guidance_scale=3.0, callback_on_step_end=end)
+    assert sizes == [4, 2, 2]

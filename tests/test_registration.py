@@ -112,3 +112,20 @@ def test_a_class_of_the_same_name_in_diffusers_is_refused(name, monkeypatch):
     with pytest.raises(ImportError, match=name):
         diffusers_edu._register()
     assert getattr(diffusers, name).__name__ == "Theirs"
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", "balanced"])
+@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+def test_a_dtype_and_a_device_map_are_honoured(saved, name, device_map):
+    # float16, as DDPMPipeline makes no arrays of bfloat16.
+    pipe = DiffusionPipeline.from_pretrained(saved[name], dtype=torch.float16, device_map=device_map)
+    models = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    assert {parameter.dtype for model in models for parameter in model.parameters()} == {torch.float16}
+    assert np.isfinite(pixels(pipe, batch_size=2)).all()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_CLASS)
+def test_what_was_loaded_may_be_saved_and_loaded_again(saved, name, tmp_path):
+    DiffusionPipeline.from_pretrained(saved[name]).save_pretrained(tmp_path)
+    again = DiffusionPipeline.from_pretrained(tmp_path)
+    assert abs(pixels(again, batch_size=2) - pixels(build(name), batch_size=2)).max() == 0

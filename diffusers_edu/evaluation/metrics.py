@@ -51,12 +51,16 @@ def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> di
     if not bool(samples.isfinite().all()):
         raise ValueError("the samples hold values that are not finite")
     precision, recall = precision_recall(samples, reference)
+    density, coverage = density_coverage(samples, reference, seed)
     return {
         "frechet_distance": frechet_distance(samples, reference, seed),
         "kernel_distance": kernel_distance(samples, reference, seed),
         "precision": precision,
         "recall": recall,
+        "density": density,
+        "coverage": coverage,
         "diversity": diversity(samples, reference, seed),
+        "two_sample_accuracy": two_sample_accuracy(samples, reference, seed),
     }
 
 
@@ -113,16 +117,59 @@ def precision_recall(samples: torch.Tensor, reference: torch.Tensor, k: int = 3)
 
     Kynkäänniemi et al. 2019 (https://arxiv.org/abs/1904.06991), eq. (1) and (2). Wilson intervals.
     """
+    precision, recall = within_balls(samples, reference, k).any(1), within_balls(reference, samples, k).any(1)
+    return share(int(precision.sum()), len(samples)), share(int(recall.sum()), len(reference))
 
-    def share_inside(points: torch.Tensor, manifold: torch.Tensor) -> Estimate:
-        balls = NearestNeighbors(n_neighbors=k + 1).fit(manifold.numpy())
-        radii = balls.kneighbors(manifold.numpy())[0][:, -1]  # the nearest neighbour of a point is itself
-        distances = torch.cdist(points.double(), manifold.double()).numpy()
-        inside = int((distances <= radii[None]).any(1).sum())
-        interval = binomtest(inside, len(points)).proportion_ci(LEVEL, method="wilson")
-        return Estimate(inside / len(points), (float(interval.low), float(interval.high)), len(points))
 
-    return share_inside(samples, reference), share_inside(reference, samples)
+def density_coverage(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, k: int = 5) -> tuple[Estimate, Estimate]:
+    """The mean number of the data's k-NN balls that a sample lies in, over k, and the share of these balls that hold a sample.
+
+    Naeem et al. 2020 (https://arxiv.org/abs/2002.09797), eq. (5) and (6): about 1, and for equal distributions with as many samples as
+    data 1 - 2^-k or so. One outlier of the data, whose ball is wide, does not make them high, as it does precision and recall.
+    Density has a bootstrap interval, coverage Wilson's.
+    """
+    within = within_balls(samples, reference, k)
+    density = within.double().sum(1) / k
+    draws = [draw.mean().item() for draw in bootstrap(density, seed, resamples=50)]
+    value = density.mean().item()
+    return (
+        Estimate(value, normal_interval(value, draws), len(samples)),
+        share(int(within.any(0).sum()), len(reference)),
+    )
+
+
+def two_sample_accuracy(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> Estimate:
+    """How often the nearest neighbour of an image tells whether it is a sample or data, left out itself: 0.5 where they are alike.
+
+    Lopez-Paz and Oquab 2017 (https://arxiv.org/abs/1610.06545), section 3. Of as many of each. Below 0.5, samples lie nearer to data
+    than data do to each other: copies. A Wilson interval, which takes the images for independent.
+    """
+    count = min(len(samples), len(reference))
+    generator = torch.Generator().manual_seed(seed)
+    both = [x[torch.randperm(len(x), generator=generator)[:count]] for x in (samples, reference)]
+    neighbours = NearestNeighbors(n_neighbors=2).fit(torch.cat(both).numpy()).kneighbors()[1][:, 0]
+    is_sample = np.arange(2 * count) < count
+    return share(int((is_sample == is_sample[neighbours]).sum()), 2 * count)
+
+
+def memorised(samples: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) -> Estimate:
+    """The share of samples nearer to an image of the training data than all but 5 % of held-out images are: 0.05 where nothing is
+    memorised, 1 where all is copied. A Wilson interval."""
+    to_train = NearestNeighbors(n_neighbors=1).fit(train.numpy())
+    usual, distances = (to_train.kneighbors(x.numpy())[0][:, 0] for x in (held_out, samples))
+    return share(int((distances < np.quantile(usual, 0.05)).sum()), len(samples))
+
+
+def within_balls(points: torch.Tensor, manifold: torch.Tensor, k: int) -> torch.Tensor:
+    """Which points lie within which image's ball, whose radius is the distance to its k-th neighbour: bool (points, manifold)."""
+    radii = NearestNeighbors(n_neighbors=k).fit(manifold.numpy()).kneighbors()[0][:, -1]
+    return torch.cdist(points.double(), manifold.double()) <= torch.from_numpy(radii)
+
+
+def share(count: int, of: int) -> Estimate:
+    """A share with its Wilson interval."""
+    interval = binomtest(count, of).proportion_ci(LEVEL, method="wilson")
+    return Estimate(count / of, (float(interval.low), float(interval.high)), of)
 
 
 def diversity(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, resamples: int = 50) -> Estimate:

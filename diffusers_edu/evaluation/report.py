@@ -15,6 +15,7 @@ FIGURES = {
     "precision": "Precision",
     "recall": "Recall",
     "diversity": "Diversity",
+    "bits_per_dim": "Bits/dim, at most",
 }
 
 

@@ -18,13 +18,18 @@ def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
 
 
 def sample(pipeline: Any, count: int, seed: int = 0, batch_size: int = 250, **kwargs: Any) -> torch.Tensor:
-    """`count` samples of a pipeline as float32 (count, C, H, W) in [0, 1]. `kwargs` go to the pipeline's call."""
+    """`count` samples of a pipeline as float32 (count, C, H, W) in [0, 1]. `kwargs` go to the pipeline's call.
+
+    The global source of randomness is seeded too, and put back, for pipelines that do not hand their generators on.
+    """
     pipeline.set_progress_bar_config(disable=True)
     batches = []
-    for first in tqdm(range(0, count, batch_size), desc="sampling", leave=False):
-        size = min(batch_size, count - first)
-        images = pipeline(batch_size=size, generator=generators(seed, first, size), output_type="np", **kwargs).images
-        batches.append(torch.from_numpy(images).permute(0, 3, 1, 2))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for first in tqdm(range(0, count, batch_size), desc="sampling", leave=False):
+            size = min(batch_size, count - first)
+            images = pipeline(batch_size=size, generator=generators(seed, first, size), output_type="np", **kwargs).images
+            batches.append(torch.from_numpy(images).permute(0, 3, 1, 2))
     return torch.cat(batches).float()
 
 
