@@ -16,9 +16,8 @@ class Parser(argparse.ArgumentParser):
         fail(f"{message} (--help lists the flags)")
 
 
-def fail(message: str, local: bool = False) -> NoReturn:
-    # Every process of a launch meets the same mistake, and one of them says so; but what only one has met, that one says.
-    if local or is_first():
+def fail(message: str) -> NoReturn:
+    if is_first():  # every process of a launch meets the same mistake
         print(f"diffusers-edu: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -194,20 +193,24 @@ COMMANDS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command. Exit status: 0 done; 2 a mistake in what was asked, or a training that diverged; 143 stopped by SIGTERM."""
+    """Run a command.
+
+    Exit status: 0 done; 1 a repository is not what it should be; 2 a mistake in what was asked, or a training that diverged;
+    130 stopped by Ctrl-C, 143 by SIGTERM.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = Parser(prog="diffusers-edu", description="From a denoising autoencoder to latent diffusion.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, command in COMMANDS.items():
         commands.add_parser(name, help=command.__doc__, add_help=False)
     command = parser.parse_args(arguments[:1]).command
-    from .errors import LocalError, UsageError
+    from .errors import UsageError
     from .training.launch import Preempted
 
     try:
         COMMANDS[command](arguments[1:])
     except (UsageError, FloatingPointError) as error:
-        fail(str(error), local=isinstance(error, LocalError))
+        fail(str(error))
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -215,7 +218,9 @@ def main(arguments: list[str] | None = None) -> None:
     except Preempted as stopped:
         if is_first():
             print(f"diffusers-edu: {stopped}", file=sys.stderr)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(stopped.status)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,6 @@ class UsageError(ValueError):
     """A mistake in a flag, a path or the data. The message is one line that says what to do."""
 
 
-class LocalError(UsageError):
-    """One that a single process of several has met, and has to tell of."""
-
-
 def first_line(error: Exception) -> str:
     """What an error of a library says, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

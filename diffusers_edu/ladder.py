@@ -71,7 +71,7 @@ def train_and_measure(config: TrainingConfig, train: ImageData, held_out: ImageD
         metrics["bits_per_dim"] = bound.bits_per_dim()
     log = read_log(Path(config.output_dir) / LOG_NAME)
     losses = [(int(line["step"]), line["loss"]) for line in log]
-    return Measured(config.rung, pipeline, log[-1]["seconds"], samples, sample_seconds, metrics, losses, steps)
+    return Measured(config.rung, pipeline, log[-1]["seconds"], samples, sample_seconds, metrics, losses, steps, bound)
 
 
 def summary(metrics: dict[str, Estimate]) -> str:

@@ -213,8 +213,10 @@ def configuration(rung: str, **changes: Any) -> TrainingConfig:
     if rung not in RUNGS:
         raise UsageError(f"--rung {rung}: choose from {', '.join(RUNGS)}")
     config = TrainingConfig(rung=rung, **{**RUNGS[rung].defaults, **changes})
-    if config.vae_path is not None and Path(config.vae_path).exists():
-        config.vae_path = str(Path(config.vae_path).resolve())  # the same folder, wherever the command is given
+    for name in ("vae_path", "train_data_dir"):
+        path = getattr(config, name)
+        if path is not None and Path(path).exists():
+            setattr(config, name, str(Path(path).resolve()))  # the same folder, wherever the command is given
     config.validate()
     return config
 

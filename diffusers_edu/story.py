@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from .evaluation import claims, figures, pictures
+from .evaluation.likelihood import Bound
 from .evaluation.metrics import Estimate, frechet_distance
 from .evaluation.pictures import Picture
 from .evaluation.report import Section, render
@@ -35,6 +36,7 @@ class Measured:
     metrics: dict[str, Estimate]
     losses: list[tuple[int, float]]
     num_inference_steps: int | None
+    bound: Bound | None = None  # on the likelihood of the held-out data
 
     @property
     def num_parameters(self) -> int:
@@ -177,7 +179,8 @@ def tell_ddpm(rung: Measured, ladder: Ladder) -> Story:
     verdict = claims.judge_ddpm(rung.metrics, earlier, ladder.floor["frechet_distance"].value, sharp)
     start = initial_noise(ladder.seed, 4, rung.samples.shape[1:])
     near = pictures.nearest(rung.samples, ladder.train.images, ladder.held_out.images)
-    return verdict, [near, pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep")]
+    reverse = pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep")
+    return verdict, [near, reverse, *([] if rung.bound is None else pictures.bound_pictures(rung.bound))]
 
 
 def tell_latent(rung: Measured, ladder: Ladder) -> Story:

@@ -167,6 +167,7 @@ def test_snapshots_are_kept_evenly_and_those_of_an_earlier_attempt_go(tmp_path):
     assert [(step, sigma) for step, sigma, _ in snapshots(tmp_path)] == [(5, 0.05), (10, 0.05), (100, 0.05)]
     discard_snapshots(tmp_path, 10)
     assert [step for step, _, _ in snapshots(tmp_path)] == [5, 10]
+    assert len(list((tmp_path / SNAPSHOTS).iterdir())) == 2  # what was left half written is gone too
 
 
 def test_the_average_with_warm_up_is_that_of_diffusers():

@@ -251,6 +251,28 @@ def test_a_parquet_row_that_is_no_image_is_numbered(tmp_path, broken):
     assert "row 1" in refusal(tmp_path)
 
 
+def labelled(path, labels):
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+    columns = {"image": [{"bytes": png(flat(n)), "path": None} for n in range(len(labels))], "label": labels}
+    datasets.Dataset.from_dict(columns, features=features).to_parquet(str(path))
+
+
+@pytest.mark.parametrize(("train", "test", "says"), [
+    ([0, 1, None, 0], [0], "row 2 of the split train"), ([0, 1], [1, -1], "row 1 of the split test"),
+    ([0, 1], None, "row 0 of the split test"), ([0, 1, None, 0, 1, 0, 1, 1], [], "row 2 of the split train"),
+])  # fmt: skip
+def test_a_row_without_a_class_label_is_named_where_one_is_needed(train, test, says, tmp_path):
+    labelled(tmp_path / "train-0.parquet", train)
+    if test is None:  # the held-out part has no such column
+        write_parquet(tmp_path / "test-0.parquet", image=rows(flat(9)))
+    elif test:
+        labelled(tmp_path / "test-0.parquet", test)
+    message = refusal(tmp_path, class_conditional=True)
+    assert f"--train_data_dir {tmp_path}: {says} has no class label" in message
+    assert "without --class_conditional" in message
+    assert len(load(tmp_path)) == 2
+
+
 def test_a_column_that_holds_no_images_is_refused(tmp_path):
     write_parquet(tmp_path / "a.parquet", caption=["a", "b"], size=[1, 2])
     assert "caption, size" in refusal(tmp_path)

@@ -1,5 +1,6 @@
 """The same run on one process and on several: on one machine, on two, and with sharded weights."""
 
+import io
 import json
 import os
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -33,6 +35,29 @@ if __name__ == "__main__":
     for rung in sys.argv[2].split(","):
         main(["train", "--rung", rung, "--output_dir", f"{sys.argv[1]}/{rung}", *sys.argv[3:]])
 """
+# Every way to work together, with an error of either process, also of a kind that cannot be sent.
+AGREE = """
+from accelerate import Accelerator
+from diffusers_edu.training.launch import everywhere, on_main, one_first
+accelerator = Accelerator(cpu=True)
+class Odd(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+def fails(process, error):
+    def work():
+        if accelerator.process_index == process:
+            raise error
+    return work
+for way in (on_main, everywhere, one_first):
+    for process in (0, 1)[: 1 if way is on_main else 2]:
+        for error in (ZeroDivisionError("by zero"), Odd("odd", 2)):
+            try:
+                way(accelerator, fails(process, error))
+                print("nothing")
+            except Exception as caught:
+                print(way.__name__, process, type(caught).__name__, caught)
+print(on_main(accelerator, lambda: accelerator.process_index), one_first(accelerator, lambda: accelerator.process_index))
+"""
 # Chance in every form: order, flips, dropout of weights and of labels.
 CHANCE = ["--rung", "latent_diffusion", "--dataset_name", "digits", "--class_conditional", "--dropout", "0.2", "--random_flip"]
 CHANCE += ["--lr_warmup_steps", "5", "--validation_steps", "20", "--validation_samples", "3", "--checkpointing_steps", "25"]
@@ -57,6 +82,41 @@ def train(launcher: list[str], output: Path, *flags: str, **changes: str) -> Pat
     done = launch(launcher, str(ROOT / "scripts" / "train.py"), "--output_dir", str(output), *flags, **changes)
     assert done.returncode == 0, done.stderr[-3000:]
     return output
+
+
+def side_by_side(*arguments: str) -> list[tuple[int, str, str]]:
+    """Two processes without a launcher, which would end the one where the other has failed: status, stdout and stderr of each."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "ACCELERATE_USE_CPU": "true"}
+    runs = [
+        subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+                         env=environment(**shared, RANK=str(rank), LOCAL_RANK=str(rank)))
+        for rank in range(2)
+    ]  # fmt: skip
+    try:
+        said = [run.communicate(timeout=120) for run in runs]
+    finally:
+        for run in runs:
+            run.kill()
+    return [(run.returncode, *texts) for run, texts in zip(runs, said, strict=True)]
+
+
+def write_images(folder: Path, *shards: list[bytes | None]) -> Path:
+    """Parquet files of encoded images, noise where there is None, and one to hold out."""
+    import datasets
+    from PIL import Image
+
+    folder.mkdir()
+    chance = np.random.default_rng(0)
+    for number, shard in enumerate([*shards, [None]]):
+        encoded = []
+        for image in shard:
+            buffer = io.BytesIO()
+            Image.fromarray(chance.integers(0, 256, (8, 8), np.uint8)).save(buffer, "PNG")
+            encoded.append({"bytes": image or buffer.getvalue(), "path": None})
+        split = "train" if number < len(shards) else "test"
+        table = datasets.Dataset.from_dict({"image": encoded}, features=datasets.Features({"image": datasets.Image()}))
+        table.to_parquet(str(folder / f"{split}-{number}.parquet"))
+    return folder
 
 
 def losses(output: Path) -> torch.Tensor:
@@ -162,6 +222,59 @@ def test_a_mistake_on_several_processes_is_said_once(tmp_path):
     done = launch(TWO["torchrun"](free_port()), str(ROOT / "scripts" / "train.py"), *flags)
     assert done.returncode != 0
     assert done.stderr.count("diffusers-edu: error: --resume_from_checkpoint nowhere") == 1
+
+
+@pytest.mark.slow
+def test_a_stream_is_the_same_to_two_processes_with_data_workers_and_accumulation_as_to_one(tmp_path):
+    data = write_images(tmp_path / "data", [None] * 13, [b"no image", *[None] * 7], [None] * 9, [None] * 4)
+    flags = ["--rung", "vae", "--train_data_dir", str(data), "--streaming", "--resolution", "8", "--shuffle_buffer", "5",
+             "--on_bad_image", "skip", "--random_flip", "--max_train_steps", "10", "--validation_steps", "0"]  # fmt: skip
+    one = train([sys.executable], tmp_path / "one", *flags, "--train_batch_size", "16")
+    flags += ["--train_batch_size", "4", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1"]
+    two = train(TWO["torchrun"](free_port()), tmp_path / "two", *flags)
+    assert len(losses(two)) == 10
+    assert (losses(one) - losses(two)).abs().max() < 1e-5
+    skipped = [json.loads((run / "log.jsonl").read_text().splitlines()[-1])["skipped_images"] for run in (one, two)]
+    assert skipped[0] == skipped[1] > 0
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_is_raised_by_all(tmp_path):
+    script = tmp_path / "agree.py"
+    script.write_text(AGREE)
+    ends = side_by_side(str(script))
+    assert [status for status, _, _ in ends] == [0, 0], ends
+    for rank, (_, said, _) in enumerate(ends):
+        expected = [
+            line
+            for way in ("on_main", "everywhere", "one_first")
+            for process in (0, 1)[: 1 if way == "on_main" else 2]
+            for line in (f"{way} {process} ZeroDivisionError by zero",
+                         f"{way} {process} {'Odd odd' if rank == process else 'RuntimeError Odd: odd'}")
+        ]  # fmt: skip
+        assert said.splitlines() == [*expected, f"0 {rank}"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_an_image_that_one_process_cannot_read_ends_all_of_them_with_one_line(workers, tmp_path):
+    data = write_images(tmp_path / "data", [None] * 80, [*[None] * 6, b"no image"])
+    flags = [
+        "--train_data_dir",
+        str(data),
+        "--streaming",
+        "--resolution",
+        "8",
+        "--shuffle_buffer",
+        "1",
+        "--train_batch_size",
+        "1",
+    ]
+    flags += ["--dataloader_num_workers", workers, "--output_dir", str(tmp_path / "run"), "--validation_steps", "0"]
+    ends = side_by_side(str(ROOT / "scripts" / "train.py"), "--rung", "dae", *flags)
+    assert [status for status, _, _ in ends] == [2, 2], ends
+    assert "".join(stderr for _, _, stderr in ends).count("is not an image that can be read") == 1
+    assert "Traceback" not in "".join(stderr for _, _, stderr in ends)
 
 
 @pytest.mark.slow

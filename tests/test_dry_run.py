@@ -5,16 +5,19 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator, DistributedType
 from accelerate.state import AcceleratorState
 from diffusers import UNet2DModel
+from tiny import tiny_unet
 
-from diffusers_edu import EduDDPMScheduler
+from diffusers_edu import EduDDPMScheduler, VariationalAutoencoder
 from diffusers_edu.cli import main
 from diffusers_edu.rungs import RUNGS, configuration, train_rung
-from diffusers_edu.training import dry_run, trainer
+from diffusers_edu.training import trainer
 from diffusers_edu.training.configuration import TrainingConfig
 from diffusers_edu.training.data import load_digits
-from diffusers_edu.training.dry_run import saved_for_backward
+from diffusers_edu.training.dry_run import activations, describe, memory_of
+from diffusers_edu.training.latents import encode_data
 from diffusers_edu.training.objectives import DiffusionObjective
 from diffusers_edu.training.randomness import StepNoise
 
@@ -109,8 +112,8 @@ def kept_for_backward(loss, known):
     return sum(storages.values())
 
 
-@pytest.mark.parametrize("attention", [False, True])
-def test_the_activations_are_those_that_the_graph_of_a_whole_batch_holds(attention):
+@pytest.mark.parametrize(("attention", "precision"), [(False, "no"), (True, "no"), (True, "bf16")])
+def test_the_activations_are_those_that_the_graph_of_a_whole_batch_holds(attention, precision):
     torch.manual_seed(0)
     model = UNet2DModel(
         sample_size=8,
@@ -126,11 +129,38 @@ def test_the_activations_are_those_that_the_graph_of_a_whole_batch_holds(attenti
     objective, data = DiffusionObjective(model, EduDDPMScheduler()), load_digits()[0]
     config = TrainingConfig(dataset_name="digits", train_batch_size=64)
     batch = data.batch(list(range(64)))
-    loss, _ = objective.loss(model, batch, StepNoise(0, 0, range(64), 64))
+    with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        loss, _ = objective.loss(model, batch, StepNoise(0, 0, range(64), 64))
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     expected = kept_for_backward(loss, known)
-    estimate = saved_for_backward(objective, data, config) * 64 / dry_run.ROWS
-    assert estimate == pytest.approx(expected, rel=0.2)
+    estimate = activations(objective, data, config, Accelerator(cpu=True, mixed_precision=precision))
+    assert estimate == pytest.approx(expected, rel=0.2 if precision == "no" else 0.05)
+
+
+def test_of_a_sharded_model_a_process_holds_its_part(tmp_path):
+    objective, data = DiffusionObjective(tiny_unet(), EduDDPMScheduler()), load_digits()[0]
+    config = TrainingConfig(dataset_name="digits", train_batch_size=4)
+    kinds = {"distributed_type": DistributedType.FSDP, "num_processes": 4, "mixed_precision": "no"}
+    whole = memory_of(objective, data, config, Accelerator(cpu=True))
+    shard = memory_of(objective, data, config, type("Sharded", (), kinds))
+    parts = {"weights", "gradients", "AdamW's moments", "averages"}
+    assert {name for name in whole if shard[name] == whole[name] / 4} == parts
+    assert {name for name in whole if shard[name] == whole[name]} == whole.keys() - parts
+    text = describe(objective, data, config, type("Sharded", (), kinds))
+    assert "one of 4 shards of weights, gradients, moments and averages" in text
+
+
+@pytest.mark.parametrize(("posterior", "flip"), [("diagonal", True), ("full", False)])
+def test_the_latents_that_a_run_keeps_are_counted(posterior, flip):
+    vae = VariationalAutoencoder(posterior=posterior)
+    objective = DiffusionObjective(tiny_unet(4, 2), EduDDPMScheduler(), vae)
+    data = load_digits()[0].head(9)
+    config = TrainingConfig(dataset_name="digits", random_flip=flip)
+    memory = memory_of(objective, data, config, Accelerator(cpu=True))
+    kept = encode_data(vae, data, flip, 4, Accelerator(cpu=True))
+    sides = [kept.upright, kept.flipped] if flip else [kept.upright]
+    assert memory["latents of the images"] == sum(tensor.nbytes for side in sides for tensor in side.values())
+    assert memory["weights of the VAE"] == sum(p.nbytes for p in vae.parameters())
 
 
 def test_the_size_of_a_streamed_source_is_described(capsys, tmp_path):

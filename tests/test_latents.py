@@ -1,6 +1,10 @@
 """Latents computed once: where they come from the cache, where they may not, and that a run learns the same from them."""
 
 import json
+import os
+import socket
+import subprocess
+import time
 
 import datasets
 import pytest
@@ -182,6 +186,22 @@ def test_a_cache_that_becomes_unwritable_while_it_is_written_is_no_error(monkeyp
     monkeypatch.setattr("diffusers_edu.training.cache.save_file", fails)
     assert len(encode(make_vae())) == 30
     assert not list(own_cache.iterdir())
+
+
+def test_what_was_left_half_written_in_the_cache_goes_and_what_another_process_writes_does_not(own_cache):
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    here, yesterday = socket.gethostname(), time.time() - 25 * 3600
+    ours, old = [f"{ended.pid}@{here}"], ["1@elsewhere", f"{os.getpid()}@{here}", "123"]
+    theirs = ["2@elsewhere", f"{os.getppid()}@{here}", "124"]
+    own_cache.mkdir(parents=True)
+    for writer in (*ours, *old, *theirs):
+        (own_cache / f"latents-0123.{writer}.tmp").write_text("half")
+    for writer in old:
+        os.utime(own_cache / f"latents-0123.{writer}.tmp", (yesterday, yesterday))
+    encode(make_vae())
+    assert {path.name for path in own_cache.glob("*.tmp")} == {f"latents-0123.{writer}.tmp" for writer in theirs}
+    assert len(list(own_cache.iterdir())) == 4
 
 
 FLAGS = {"dataset_name": "digits", "train_batch_size": 32, "max_train_steps": 5, "lr_warmup_steps": 2,

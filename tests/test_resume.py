@@ -25,6 +25,7 @@ for line in sys.stdin:
     order = json.loads(line)
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what was started in the background may ignore it
         os.environ.update(order["env"])
         with open(order["stderr"], "w") as file:
             os.dup2(file.fileno(), 2)
@@ -70,10 +71,10 @@ class Server:
         self.order(flags, wait=True, **options)
         return self.answer()
 
-    def start(self, flags: list[str], processes: int = 1) -> list[int]:
+    def start(self, flags: list[str], processes: int = 1, **env: str) -> list[int]:
         """Start a run of some processes, as a launcher does."""
         if processes == 1:
-            return [self.order(flags, wait=False)]
+            return [self.order(flags, wait=False, env=env)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -82,6 +83,7 @@ class Server:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             "ACCELERATE_USE_CPU": "true",
+            **env,
         }
         ranks = [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
         return [self.order(flags, wait=False, env=rank) for rank in ranks]
@@ -137,6 +139,10 @@ RUNS = {
     ),
     "power_function_averages": (1, 3, [*SMALL, "--ema_sigma_rel", "0.1", "--ema_snapshots", "10"]),
     "two_processes": (2, 3, ["--train_batch_size", "30"]),
+    "two_processes_with_workers_and_accumulation": (
+        2, 2, ["--train_batch_size", "15", "--gradient_accumulation_steps", "2", "--dataloader_num_workers", "1", "--random_flip"],
+    ),
+    "two_shards": (2, 2, ["--rung", "dae", "--train_batch_size", "30"]),
 }  # fmt: skip
 
 
@@ -144,31 +150,51 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_killed_at_random_moments_ends_in_the_same_bytes(server, name, tmp_path):
     processes, kills, flags = RUNS[name]
+    env = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"} if name == "two_shards" else {}
     whole, killed = (
         [*BASE, *flags, "--output_dir", str(tmp_path / "whole")],
         [*BASE, *flags, "--output_dir", str(tmp_path / "killed")],
     )
     start = time.monotonic()
-    finish(server.start(whole, processes))
+    finish(server.start(whole, processes, **env))
     duration = time.monotonic() - start
     expected = saved(tmp_path / "whole")
     assert expected, server.stderr.read_text()
     chance, reached = random.Random(0), set()
     for kill in range(kills):
-        pids = server.start(killed, processes)
+        pids = server.start(killed, processes, **env)
         # Early ones meet the start; the others are spread over what a run takes.
         time.sleep(duration * (0.2 if kill == 0 else chance.uniform(0.3, 0.9)))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
         finish(pids)
         reached.add(max(steps_logged(tmp_path / "killed"), default=0))
-    finish(server.start(killed, processes))
+    finish(server.start(killed, processes, **env))
     assert saved(tmp_path / "killed") == expected
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
     assert (tmp_path / "killed" / "validation.jsonl").read_text() == (tmp_path / "whole" / "validation.jsonl").read_text()
     assert max(reached) > 0
     assert len(list((tmp_path / "killed").glob("checkpoint-*"))) == 3
-    assert not list((tmp_path / "killed").glob("*ing-*"))
+    assert not list((tmp_path / "killed").rglob("*ing-*"))
+    (state, *_) = [json.loads(path.read_text()) for path in (tmp_path / "killed").glob("checkpoint-*/state.json")]
+    assert state["launch"].startswith("FSDP") == bool(env)
+
+
+FAILS = """
+import sys
+from diffusers_edu.cli import main
+from diffusers_edu.training import objectives
+objectives.DenoisingObjective.loss = lambda *_: 1 / 0
+main(sys.argv[1:])
+"""
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_does_not_wait_for_its_data_workers(tmp_path):
+    flags = ["--rung", "dae", "--dataset_name", "digits", "--dataloader_num_workers", "2", "--output_dir", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-c", FAILS, "train", *flags], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
 
 
 @pytest.mark.slow
@@ -193,16 +219,18 @@ def test_sigterm_saves_a_checkpoint_says_how_to_go_on_and_loses_nothing(server, 
 
 
 @pytest.mark.slow
-def test_sigterm_to_a_run_and_its_data_workers_saves_a_checkpoint_too(server, tmp_path):
-    """As a job manager sends it: to every process."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_a_run_and_its_data_workers_saves_a_checkpoint_too(server, number, tmp_path):
+    """As a job manager or a terminal sends it: to every process."""
     flags = [*BASE, *SMALL, "--max_train_steps", "100000", "--checkpointing_steps", "100000", "--output_dir", str(tmp_path)]
     pid = server.order([*flags, "--dataloader_num_workers", "2"], wait=True)
     wait_for(lambda: len(steps_logged(tmp_path)) >= 3)
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     assert len(children) >= 2
     for process in [*map(int, children), pid]:
-        os.kill(process, signal.SIGTERM)
-    assert server.answer() == 128 + signal.SIGTERM
+        os.kill(process, number)
+    assert server.answer() == 128 + number
+    assert f"stopped by {number.name} at step" in server.stderr.read_text()
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
 
 

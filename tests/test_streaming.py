@@ -1,6 +1,8 @@
 """Images that are read as they are needed: the same rows on any number of processes, and everything once an epoch."""
 
 import io
+import itertools
+import json
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from diffusers_edu.errors import UsageError
 from diffusers_edu.rungs import configuration, train_rung
+from diffusers_edu.training import log
 from diffusers_edu.training.configuration import TrainingConfig
 from diffusers_edu.training.data import load_data
 from diffusers_edu.training.objectives import VariationalObjective
@@ -22,7 +25,7 @@ from diffusers_edu.training.streaming import StreamedImages
 from diffusers_edu.training.trainer import make_batches
 
 NAMES = ["even", "odd"]
-HOST = type("Host", (), {"device": torch.device("cpu")})
+HOST = type("Host", (), {"device": torch.device("cpu"), "num_processes": 1})
 
 
 @pytest.fixture(autouse=True)
@@ -42,17 +45,19 @@ def png(array):
     return buffer.getvalue()
 
 
-def write_shards(folder, shards, split="train"):
-    """A parquet file for each list of images, encoded or arrays; labels and captions tell the grey level."""
+def write_shards(folder, shards, split="train", labels={}):
+    """A parquet file for each list of images, encoded or arrays. Labels (but those of some rows) and captions tell the grey level."""
+    before = 0
     features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=NAMES), "text": datasets.Value("string")}
     for number, images in enumerate(shards):
         encoded = [image if isinstance(image, bytes) else png(image) for image in images]
         levels = [-1 if isinstance(image, bytes) else int(image.flat[0]) for image in images]
         columns = {
             "image": [{"bytes": image, "path": None} for image in encoded],
-            "label": [level % 2 for level in levels],
+            "label": [labels.get(row, level % 2) for row, level in enumerate(levels, before)],
             "text": [f"level {level}" for level in levels],
         }
+        before += len(images)
         folder.mkdir(parents=True, exist_ok=True)
         table = datasets.Dataset.from_dict(columns, features=datasets.Features(features))
         table.to_parquet(str(folder / f"{split}-{number:05}-of-{len(shards):05}.parquet"))
@@ -245,6 +250,21 @@ def test_bad_images_are_skipped_and_counted_and_what_comes_keeps_its_caption(tmp
         batches(tmp_path, [range(12)], 12, stop=1)
 
 
+def test_a_row_without_a_class_label_is_named_where_one_is_needed(tmp_path):
+    shards = [
+        [flat(10 * shard + i) for i in range(70)] for shard in range(2)
+    ]  # more than are looked at to tell grey from colour
+    write_shards(tmp_path, shards, labels={133: None})
+    write_shards(tmp_path, [[flat(99)]], "test")
+    batches(tmp_path, [range(4)], 4, stop=40)
+    for workers in (0, 1):
+        with pytest.raises(UsageError, match="row 63 of shard 1 of the split train has no class label"):
+            batches(tmp_path, [range(4)], 4, stop=40, class_conditional=True, dataloader_num_workers=workers)
+    write_shards(tmp_path, [[flat(99), flat(98)]], "test", labels={1: -1})
+    with pytest.raises(UsageError, match="row 1 of the split test has no class label"):
+        stream(tmp_path, class_conditional=True)
+
+
 def test_a_bad_image_is_skipped_however_few_rows_a_lane_has(tmp_path):
     write_shards(tmp_path, [[b"no image", *(flat(10 * shard + i) for i in range(3))] for shard in range(4)])
     write_shards(tmp_path, [[flat(99)]], "test")
@@ -353,3 +373,32 @@ def test_a_streamed_run_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
     accumulated = run("accumulated", train_batch_size=2, gradient_accumulation_steps=2)
     assert max((tensor - accumulated[name]).abs().max() for name, tensor in whole.items()) < 1e-4
+
+
+def test_a_run_that_goes_on_between_two_lines_of_its_log_counts_seconds_and_skipped_images_on(tmp_path, monkeypatch):
+    write_shards(tmp_path / "data", [[*noise_images(6), b"no image"]])
+    write_shards(tmp_path / "data", [noise_images(2)], "test")
+    flags = {"train_data_dir": str(tmp_path / "data"), "streaming": True, "resolution": 8, "train_batch_size": 7, "max_train_steps": 8,
+             "validation_steps": 0, "on_bad_image": "skip", "checkpointing_steps": 3, "logging_steps": 4}  # fmt: skip
+
+    def run(name, stop=None):
+        AcceleratorState._reset_state(reset_partial_state=True)
+        clock = itertools.count()  # which stands still but for each step
+
+        def ticks():
+            if (now := next(clock)) == stop:
+                raise KeyboardInterrupt
+            return now
+
+        monkeypatch.setattr(log, "time", type("Clock", (), {"perf_counter": staticmethod(ticks)}))
+        train_rung(configuration("vae", output_dir=str(tmp_path / name), **flags))
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("stopped", stop=6)
+    run("stopped")
+    whole, stopped = (
+        [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()] for name in ("whole", "stopped")
+    )
+    assert [(line["seconds"], line["skipped_images"]) for line in whole] == [(4, 4), (8, 8)]
+    assert stopped == whole

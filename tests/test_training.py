@@ -1,6 +1,8 @@
 """The training loop: what it writes, that a run goes on where it stopped, and that it is the same however it is split."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,8 @@ from safetensors.torch import load_file
 
 from diffusers_edu.errors import UsageError
 from diffusers_edu.rungs import RUNGS, configuration, train_rung
-from diffusers_edu.training import objectives
+from diffusers_edu.training import objectives, trainer
+from diffusers_edu.training.launch import Preempted
 
 TINY = {"dataset_name": "digits", "train_batch_size": 8, "max_train_steps": 6, "lr_warmup_steps": 2, "checkpointing_steps": 100}
 
@@ -37,6 +40,27 @@ def losses(output: Path) -> torch.Tensor:
 
 def weights(output: Path, part: str = "vae") -> dict[str, torch.Tensor]:
     return load_file(next((output / part).glob("*.safetensors")))
+
+
+def losses_taken(monkeypatch, meanwhile=lambda number: None) -> list:
+    """A list that grows with each batch of the vae rung, `meanwhile` being called with its number before."""
+    loss, taken = objectives.VariationalObjective.loss, []
+
+    def counted(self, *arguments):
+        taken.append(arguments)
+        meanwhile(len(taken))
+        return loss(self, *arguments)
+
+    monkeypatch.setattr(objectives.VariationalObjective, "loss", counted)
+    return taken
+
+
+def stops_at(number: int):
+    def meanwhile(now: int) -> None:
+        if now == number:
+            raise KeyboardInterrupt
+
+    return meanwhile
 
 
 def test_a_run_writes_its_configuration_a_line_for_each_step_and_a_pipeline(tmp_path):
@@ -65,16 +89,8 @@ def test_the_configuration_is_there_before_the_first_step_and_a_failed_run_saves
 
 
 def test_a_resumed_run_ends_in_the_weights_and_the_log_of_one_that_was_never_stopped(tmp_path, monkeypatch):
-    whole = run(tmp_path / "whole")
-    stopped, loss, calls = tmp_path / "stopped", objectives.VariationalObjective.loss, []
-
-    def stops(self, *arguments):
-        calls.append(arguments)
-        if len(calls) == 6:
-            raise KeyboardInterrupt
-        return loss(self, *arguments)
-
-    monkeypatch.setattr(objectives.VariationalObjective, "loss", stops)
+    whole, stopped = run(tmp_path / "whole"), tmp_path / "stopped"
+    losses_taken(monkeypatch, stops_at(6))
     with pytest.raises(KeyboardInterrupt):
         run(stopped, checkpointing_steps=2)
     monkeypatch.undo()
@@ -95,10 +111,26 @@ def test_accumulated_batches_are_one_large_batch(rung, tmp_path):
     assert ((losses(large) - losses(split)) / losses(large)).abs().max() < 1e-5
 
 
-def test_tensorboard_holds_what_the_log_holds(tmp_path):
+@pytest.mark.parametrize("stopped_at", [None, 3], ids=str)
+def test_tensorboard_holds_what_the_log_holds_each_step_once(stopped_at, tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    run(tmp_path, report_to="tensorboard", validation_steps=3)
+    flags = {"report_to": "tensorboard", "validation_steps": 3, "checkpointing_steps": 2}
+    if stopped_at is not None:
+        step, taken = trainer.optimiser_steps, []
+        stops = stops_at(stopped_at)
+
+        def cut_off(*arguments):
+            for found in step(*arguments):
+                yield found
+                taken.append(found)
+                stops(len(taken))
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(trainer, "optimiser_steps", cut_off)
+            run(tmp_path, **flags)
+        AcceleratorState._reset_state(reset_partial_state=True)
+    run(tmp_path, **flags)
     events = EventAccumulator(str(tmp_path / "logs" / "diffusers_edu"))
     events.Reload()
     for name in ("loss", "kl", "learning_rate"):
@@ -197,6 +229,89 @@ def test_going_on_from_an_earlier_checkpoint_leaves_no_later_ones_and_ends_alike
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3", "checkpoint-6"]
     assert not (tmp_path / "checkpoint-6" / "of_the_old_attempt").exists()
     assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_a_run_that_has_gone_back_does_not_do_so_again_when_the_same_command_is_given_after_a_kill(
+    tmp_path, monkeypatch, capsys
+):
+    flags = {"checkpointing_steps": 2, "resume_from_checkpoint": "checkpoint-2"}
+    run(tmp_path, checkpointing_steps=2)
+    before = weights(tmp_path)
+    with monkeypatch.context() as patch:  # cut off while it goes back, which it then has not done
+        patch.setattr(trainer, "discard_later", lambda output, step: stops_at(step)(step))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **flags)
+    with monkeypatch.context() as patch:
+        taken = losses_taken(patch, stops_at(4))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, **flags)
+    assert len(taken) == 4  # steps 3 to 6
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert "gone back" not in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        taken = losses_taken(patch)
+        run(tmp_path, **flags)
+    assert len(taken) == 2
+    assert "goes on from checkpoint-4: it has gone back to checkpoint-2 before" in capsys.readouterr().err
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path).items())
+
+
+def test_a_checkpoint_named_is_that_of_the_run_and_not_one_in_the_current_directory(tmp_path, monkeypatch):
+    run(tmp_path / "mine", checkpointing_steps=2)
+    before = weights(tmp_path / "mine")
+    run(tmp_path / "other", checkpointing_steps=2, seed=1)
+    monkeypatch.chdir(tmp_path / "other")
+    run(tmp_path / "mine", checkpointing_steps=2, resume_from_checkpoint="checkpoint-2")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in weights(tmp_path / "mine").items())
+
+
+def test_a_run_can_begin_with_the_checkpoint_of_another_folder_and_goes_on_in_its_own(tmp_path, monkeypatch):
+    whole = weights(run(tmp_path / "first", checkpointing_steps=2))
+    flags = {"checkpointing_steps": 2, "resume_from_checkpoint": str(tmp_path / "first" / "checkpoint-2")}
+    for stop, steps in ((1, 1), (4, 4)):  # before its first checkpoint, and after
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            taken = losses_taken(patch, stops_at(stop))
+            run(tmp_path / "second", **flags)
+        assert len(taken) == steps
+    taken = losses_taken(monkeypatch)
+    run(tmp_path / "second", **flags)
+    assert len(taken) == 2
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(tmp_path / "second").items())
+
+
+@pytest.fixture
+def interruptible():
+    """What is started in the background may ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupts(times: int):
+    return lambda number: number == 3 and [os.kill(os.getpid(), signal.SIGINT) for _ in range(times)]
+
+
+def test_ctrl_c_saves_a_checkpoint_at_the_end_of_the_step_and_says_how_to_go_on(tmp_path, monkeypatch, interruptible):
+    losses_taken(monkeypatch, interrupts(1))
+    with pytest.raises(Preempted, match=r"stopped by SIGINT at step 3; the same command goes on from .*checkpoint-3") as stop:
+        run(tmp_path)
+    assert stop.value.status == 130
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_second_ctrl_c_stops_at_once(tmp_path, monkeypatch, interruptible):
+    losses_taken(monkeypatch, interrupts(2))
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path)
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_a_signal_that_is_ignored_stays_so(tmp_path, monkeypatch, interruptible):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    losses_taken(monkeypatch, interrupts(2))
+    run(tmp_path)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_finished_run_resumed_is_left_as_it_is_and_can_be_made_longer(tmp_path):

@@ -9,6 +9,7 @@ import torch
 from markupsafe import Markup
 
 from . import figures
+from .likelihood import Bound
 from .sampling import Step, decode, to_unit
 
 COLUMNS = 11  # of a strip
@@ -140,6 +141,41 @@ def stage_chart(shares: StageShares, fresh_noise: bool) -> Picture:
 
 
 @torch.no_grad()
+def bound_pictures(bound: Bound) -> list[Picture]:
+    """Where in time the bound of a diffusion of images comes from, and what it means to a receiver of the code."""
+    assert bound.terms is not None
+    in_bits = 1 / (bound.dimensions * math.log(2))
+    terms = (bound.terms.mean(1) * in_bits).tolist()
+    figure, axes = figures.chart(
+        f"the terms of the bound by timestep, from {terms[0]:.3f} to {terms[-1]:.3f} bits per dimension"
+    )
+    axes.bar(range(len(terms)), terms, width=1.0, color=figures.ACCENT)
+    shown = spread(len(terms), 6)
+    axes.set_xticks(shown, [str(bound.timesteps[i]) for i in shown])
+    axes.set(xlabel="timestep, the noisiest first", ylabel="bits/dim")
+    near, total = sum(terms[-len(terms) // 5 :]), sum(terms)
+    by_timestep = Picture(
+        "The bound, step by step",
+        f"{bound.bits_per_dim().value:.2f} bits/dim in all, of which the {len(terms) // 5} steps next to the image take "
+        f"{near / total:.0%}: there the last, faint detail is paid for.",
+        figures.svg(figure),
+    )
+    rate, distortion = bound.progressive_code()
+    figure, axes = figures.chart(
+        f"error of the received image, from {distortion[0]:.3f} to {distortion[-1]:.3f}, by bits received"
+    )
+    axes.plot(rate, distortion / 2, color=figures.ACCENT, linewidth=1.6)
+    axes.set(xlabel="bits/dim received", ylabel="error (grey range 1)", ylim=(0, None))
+    halved = distortion <= distortion[0] / 2
+    half = f" Half of its error is gone after {rate[halved][0]:.2f} bits/dim." if bool(halved.any()) else ""
+    progressive = Picture(
+        "An image sent through it",
+        f"A receiver of x_T, x_T-1, ... guesses the image at every step.{half} What is large comes first.",
+        figures.svg(figure),
+    )
+    return [by_timestep, progressive]
+
+
 def latent_walk(vae: Any, ends: torch.Tensor, columns: int = COLUMNS) -> Picture:
     """From one image's code to another's along a great arc, decoded. `ends`: (2 N, C, H, W) in [-1, 1], in pairs."""
     codes = vae.encode(ends.to(vae.device, vae.dtype)).latent_dist.mode().float().cpu()

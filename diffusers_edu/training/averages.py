@@ -146,7 +146,9 @@ def snapshots(run: Path) -> list[tuple[int, float, Path]]:
 
 
 def discard_snapshots(run: Path, step: int) -> None:
-    """Remove those of an earlier attempt from beyond the step that this one starts at."""
+    """Remove those of an earlier attempt from beyond the step that this one starts at, and what was left half written."""
+    for half in (run / SNAPSHOTS).glob("saving-*"):
+        half.unlink()
     for later, _, path in snapshots(run):
         if later > step:
             path.unlink()

@@ -3,7 +3,7 @@
     model.safetensors      the weights
     optimizer.safetensors  AdamW's moments, as `<parameter>/<moment>`
     averages.safetensors   moving averages of the weights, as `<average>/<parameter>`
-    state.json             the step, the schedule, and the digests of the files
+    state.json             the step, the schedule, the seconds and skipped images so far, and the digests of the files
 
 Weights and moments are those of the whole model whatever its shards, so a checkpoint of one launch is good for any other.
 """
@@ -42,32 +42,39 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
+def is_checkpoint(path: Path) -> bool:
+    return path.name.startswith("checkpoint-") and path.name.removeprefix("checkpoint-").isdigit()
+
+
 def checkpoints(output: Path) -> list[Path]:
     """The finished checkpoints of a run, the oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=step_of)
+    return sorted(filter(is_checkpoint, output.glob("checkpoint-*")), key=step_of)
 
 
 def find_checkpoint(config: TrainingConfig) -> Path | None:
     """The checkpoint to go on from: the one named, or the newest; None to start anew.
 
+    One is gone back to once. The configuration that the run's folder holds then names it, and when the same command is given again,
+    as after a kill, the run goes on from the newest that it has made since.
+
     Raises:
         UsageError: one was named that does not exist, or it lies beyond the last step.
     """
-    wanted = config.resume_from_checkpoint
-    if wanted in (None, "latest"):
-        path = next(reversed(checkpoints(Path(config.output_dir))), None)
-    else:
-        path = Path(str(wanted)) if Path(str(wanted)).is_dir() else Path(config.output_dir) / str(wanted)
-    if path is None:
-        return None
-    if path.is_dir() and path.name.removeprefix("checkpoint-").isdigit():
-        if step_of(path) > config.max_train_steps:
-            raise UsageError(f"{path} lies beyond --max_train_steps {config.max_train_steps}; give more steps")
-        return path
-    raise UsageError(
-        f"--resume_from_checkpoint {wanted}: there is no such checkpoint; give 'latest' or a checkpoint-<step> folder"
-    )
+    output, wanted = Path(config.output_dir), config.resume_from_checkpoint
+    found = checkpoints(output)
+    if wanted not in (None, "latest"):
+        # In the run's folder first; what the current directory holds may be another run's.
+        named = [path for path in (output / str(wanted), Path(str(wanted))) if path.is_dir() and is_checkpoint(path)][:1]
+        been_there = config.saved().get("resume_from_checkpoint") == wanted
+        found = [*named, *found] if been_there else named
+        if not found:
+            raise UsageError(
+                f"--resume_from_checkpoint {wanted}: there is no such checkpoint; give 'latest' or a checkpoint-<step> folder"
+            )
+    newest = max(found, key=step_of, default=None)
+    if newest is not None and step_of(newest) > config.max_train_steps:
+        raise UsageError(f"{newest} lies beyond --max_train_steps {config.max_train_steps}; give more steps")
+    return newest
 
 
 def remove(path: Path) -> None:
@@ -116,8 +123,8 @@ class TrainingState:
         reshard(self.model)
         set_model_state_dict(self.model, dict(weights), options=full_from_main())
 
-    def save(self, output: Path, step: int, limit: int | None) -> Path:
-        """Write `checkpoint-<step>` aside and rename it; then drop the oldest over the limit.
+    def save(self, output: Path, step: int, limit: int | None, so_far: dict[str, float]) -> Path:
+        """Write `checkpoint-<step>` aside and rename it; then drop the oldest over the limit. `so_far` is the log's.
 
         Raises:
             UsageError: it cannot be written (a full disk); the checkpoints before it are left as they were.
@@ -140,6 +147,7 @@ class TrainingState:
             "param_groups": moments.get("param_groups"),
             "scaler": None if scaler is None else scaler.state_dict(),
             "averages": {name: average.optimization_step for name, average in self.averages.members.items()},
+            **so_far,
         }
         final = output / f"checkpoint-{step}"
         on_main(self.accelerator, lambda: write(final, parts, state, limit))
@@ -149,9 +157,11 @@ class TrainingState:
         """Put back what `save` wrote; `state` is what `check` found."""
         parts: dict[str, Tensors] = {"model": {}, "optimizer": {}, "averages": {}}
 
-        if self.accelerator.is_main_process:
+        def read() -> None:
             for name, part in parts.items():
                 part.update(load_file(checkpoint / f"{name}.safetensors"))
+
+        on_main(self.accelerator, read)
         for name, step in state["averages"].items():
             prefix = f"{name}/"
             self.load_weights({k.removeprefix(prefix): v for k, v in parts["averages"].items() if k.startswith(prefix)})

@@ -119,8 +119,8 @@ class TrainingConfig:
     checkpointing_steps: int = flag(500, "Steps between checkpoints.")
     checkpoints_total_limit: int | None = flag(None, "Checkpoints to keep; the oldest go first. By default all are kept.")
     resume_from_checkpoint: str | None = flag(
-        None, "'latest', or the path of a checkpoint of this run. By default, too, a run goes on from its newest; 'latest' also lets "
-        "it be made longer."
+        None, "'latest', or a checkpoint of this run, to which it goes back once: the same command given again goes on from the newest "
+        "made since. By default, too, a run goes on from its newest; 'latest' also lets it be made longer."
     )  # fmt: skip
     validation_steps: int = flag(500, "Steps between held-out losses and grids of samples; 0 for none.")
     validation_samples: int = flag(16, "Samples of each grid; 0 for none.")
@@ -184,15 +184,25 @@ class TrainingConfig:
         except OSError as error:
             raise UsageError(f"--output_dir {self.output_dir}: cannot be written ({error.strerror})") from error
 
-    def check_folder(self) -> None:
-        """Raise a `UsageError` where the output folder holds the configuration of another run."""
+    def saved(self) -> dict[str, Any]:
+        """The configuration that the output folder holds; {} where there is none.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
         path = Path(self.output_dir) / CONFIG_NAME
         if not path.exists():
-            return
+            return {}
         try:
-            saved = json.loads(path.read_text())
+            return json.loads(path.read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UsageError(f"{path} cannot be read; move the folder away or choose another --output_dir") from error
+
+    def check_folder(self) -> None:
+        """Raise a `UsageError` where the output folder holds the configuration of another run."""
+        saved = self.saved()
+        if not saved:
+            return
         mine = dataclasses.asdict(self)
         # Asked for, a run may be made longer as it goes on, though its learning rate then ends elsewhere.
         free = OPERATIONAL | ({"max_train_steps"} if self.resume_from_checkpoint else set())

@@ -17,7 +17,7 @@ from .cache import cached
 from .configuration import TrainingConfig
 from .images import as_tensors, crop, decode_row, upright_size
 from .randomness import EpochOrder, uniform_at
-from .sources import Columns, name_of, open_dataset, undecoded
+from .sources import Columns, check_labels, name_of, open_dataset, undecoded
 
 CHUNK = 512  # images decoded between two looks at the progress bar
 
@@ -149,7 +149,8 @@ def load_data(config: TrainingConfig) -> tuple[Any, ImageData]:
     of its images, the same at every call. With `streaming` the first is a [`streaming.StreamedImages`], else an [`ImageData`].
 
     Raises:
-        UsageError: nothing there, no images in it, too many for the memory, or an image that cannot be read (named).
+        UsageError: nothing there, no images in it, too many for the memory, an image that cannot be read, or a row without a class
+            label where one is needed (named).
     """
     if config.dataset_name == "digits":
         return load_digits(config.resolution)
@@ -158,6 +159,9 @@ def load_data(config: TrainingConfig) -> tuple[Any, ImageData]:
         from .streaming import load_streams
 
         return load_streams(train_split, held_out_split, config)
+    for split in (train_split, held_out_split):
+        if split is not None:
+            check_labels(split, config)
     if held_out_split is None:
         if len(train_split) < 2:
             raise UsageError(f"{name_of(config)} holds one image; training needs at least two, one of them held out")

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .cache import cached
 from .data import Augmentation, ImageData
+from .launch import one_first
 
 
 @torch.no_grad()
@@ -77,6 +78,11 @@ def fingerprint(vae: Any) -> str:
     return digest.hexdigest()
 
 
+def keeps_latents(objective: Any, data: Any) -> bool:
+    """Whether latents are computed once: where the images are in memory, and stay as they are but for flips."""
+    return objective.vae is not None and isinstance(data, ImageData) and data.strips is None
+
+
 def encode_data(vae: Any, data: ImageData, flip: bool, batch_size: int, accelerator: Accelerator) -> LatentData:
     """The latents of all images, from the cache if they have been computed before; each process of a machine may ask.
 
@@ -93,7 +99,6 @@ def encode_data(vae: Any, data: ImageData, flip: bool, batch_size: int, accelera
         mean, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         return {"latent_mean": mean, "latent_scale": scale}
 
-    with accelerator.local_main_process_first():
-        upright = cached("latents", *key, "upright", make=lambda: encode(False))
-        mirrored = cached("latents", *key, "flipped", make=lambda: encode(True)) if flip else None
+    upright = one_first(accelerator, lambda: cached("latents", *key, "upright", make=lambda: encode(False)))
+    mirrored = one_first(accelerator, lambda: cached("latents", *key, "flipped", make=lambda: encode(True))) if flip else None
     return LatentData(data, upright, mirrored)

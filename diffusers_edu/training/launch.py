@@ -1,6 +1,7 @@
 """The accelerator of a run, whether the launch got the processes that it asked for, and what the processes agree on."""
 
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -28,72 +29,127 @@ from .configuration import TrainingConfig
 
 LAUNCHERS = ("accelerate", "accelerate-launch", "accelerate.commands.accelerate_cli", "accelerate.commands.launch")
 LAUNCH_FILE = "accelerate/commands/launch.py"
+PATIENCE = timedelta(hours=6)  # one process may decode or encode a whole data set while the others wait
 
 T = TypeVar("T")
 
 
 class Preempted(Exception):
-    """SIGTERM came; a checkpoint was saved. The message says how to go on."""
+    """SIGTERM or SIGINT (Ctrl-C) came; a checkpoint was saved. The message says how to go on.
+
+    Args:
+        number: of the signal. `status` is what the process is to exit with: 128 + the number, as shells have it.
+        step: the last that was taken.
+        saved: the checkpoint.
+    """
+
+    def __init__(self, number: int, step: int, saved: Path):
+        super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; the same command goes on from {saved}")
+        self.status = 128 + number
 
 
-def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on every process; a `UsageError` that it raises, too."""
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except UsageError as error:
-            outcome[1] = str(error)
+def attempt(work: Callable[[], T]) -> tuple[Any, Exception | None]:
+    """What `work` returns, or None and the error that it raises."""
+    try:
+        return work(), None
+    except Exception as error:
+        return None, error
+
+
+def portable(error: Exception | None) -> Exception | None:
+    """An error as it can be sent to another process."""
+    copied, cannot = attempt(lambda: pickle.loads(pickle.dumps(error)))
+    return copied if cannot is None else RuntimeError(f"{type(error).__name__}: {error}")
+
+
+def raise_any(accelerator: Accelerator, error: Exception | None) -> None:
+    """Raise this process's error, or that of another one: a process that raised alone would leave the others waiting for it."""
+    errors = [error]
     if accelerator.num_processes > 1:
-        broadcast_object_list(outcome)
-    if outcome[1] is not None:
-        raise UsageError(outcome[1])
-    return outcome[0]
+        errors = gather_object([portable(error)])
+    found = error or next((other for other in errors if other is not None), None)
+    if found is not None:
+        raise found
+
+
+def everywhere(accelerator: Accelerator, work: Callable[[], None]) -> None:
+    """Do `work` on every process; an error of any is raised by all."""
+    raise_any(accelerator, attempt(work)[1])
 
 
 def one_first(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns, which one process of each machine does before the others; a `UsageError` of any is raised by all."""
-    outcome: list[Any] = []
-    message = None
+    """What `work` returns, which one process of each machine does before the others; an error of any is raised by all."""
     with accelerator.local_main_process_first():
-        try:
-            outcome.append(work())
-        except UsageError as error:
-            message = str(error)
-    messages = [m for m in gather_object([message]) if m is not None]
-    if messages:
-        raise UsageError(messages[0])
+        result, error = attempt(work)
+    raise_any(accelerator, error)
+    return result
+
+
+def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
+    """What `work` returns on the main process, on every process; an error that it raises, too."""
+    result, error = attempt(work) if accelerator.is_main_process else (None, None)
+    outcome: list[Any] = [result, portable(error)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(outcome)
+    found = error or outcome[1]
+    if found is not None:
+        raise found
     return outcome[0]
 
 
-class StopSignal:
-    """Whether SIGTERM has come to any process. A context: the signal's earlier meaning is put back at the end."""
+class HostGroup:
+    """The processes of a run, for what they agree on so often that it must not wait for a device."""
 
     def __init__(self, accelerator: Accelerator):
-        self.received = False
-        # On the host, so that nothing waits for a device.
-        self.group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self.accelerator = accelerator
+        self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
+
+    def largest(self, number: int) -> int:
+        """The largest of the processes' numbers, on every process; each must ask as often as the others."""
+        if self.group is None:
+            return number
+        largest = torch.tensor(number)
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.group)
+        return int(largest)
+
+    def raise_any(self, error: Exception | None) -> None:
+        """As the function does; where there is no error, as good as free."""
+        if self.largest(int(error is not None)):
+            raise_any(self.accelerator, error)
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGINT (Ctrl-C) has come to any process. A context: their earlier meaning is put back at the end, and that
+    of SIGINT once it has come, so that a second one stops the process at once. What is ignored stays ignored.
+    """
+
+    def __init__(self, accelerator: Accelerator):
+        self.received = 0
+        self.group = HostGroup(accelerator)
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        self.before = None
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handler
-            self.before = signal.signal(signal.SIGTERM, self._note)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.before is not None:
-            signal.signal(signal.SIGTERM, self.before)
+        for number in self.before:
+            self._put_back(number)
 
-    def _note(self, *_: object) -> None:
-        self.received = True
+    def _note(self, number: int, _: object) -> None:
+        self.received = max(self.received, number)
+        if number == signal.SIGINT:
+            self._put_back(number)
 
-    def agreed(self) -> bool:
-        """The same answer on every process; each must ask as often as the others."""
-        if self.group is None:
-            return self.received
-        flag = torch.tensor(int(self.received))
-        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group)
-        return bool(flag)
+    def _put_back(self, number: int) -> None:
+        signal.signal(number, self.before[number] or signal.SIG_DFL)
+
+    def agreed(self) -> int:
+        """The number of the signal that came, or 0; the same on every process, each of which must ask as often as the others."""
+        return self.group.largest(self.received)
 
 
 def make_accelerator(config: TrainingConfig) -> Accelerator:
@@ -110,8 +166,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             # A plugin, since the environment would overrule a number.
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
-            # One process may decode or encode a whole data set while the others wait.
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             log_with=tracker,
             project_config=ProjectConfiguration(project_dir=config.output_dir, logging_dir=f"{config.output_dir}/logs"),
         )

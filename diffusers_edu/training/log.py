@@ -4,11 +4,13 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from .configuration import write_text
+from .launch import HostGroup, attempt, on_main
 
 LOG_NAME = "log.jsonl"
 
@@ -21,22 +23,23 @@ class TrainingLog:
         every: steps between lines.
         accelerator: averages over the processes.
         start_step: the steps that an earlier run has done.
+        so_far: what `so_far` was after them, from the checkpoint: of steps that had no line the log does not tell.
     """
 
-    def __init__(self, path: Path, every: int, accelerator: Accelerator, start_step: int):
-        self.path, self.every, self.accelerator = path, every, accelerator
+    def __init__(self, path: Path, every: int, accelerator: Accelerator, start_step: int, so_far: dict[str, Any]):
+        self.path, self.every, self.accelerator, self.group = path, every, accelerator, HostGroup(accelerator)
         # On a CPU reading a loss is free; elsewhere it waits for the device.
         self.capacity = 1 if accelerator.device.type == "cpu" else 50
         self.pending: list[tuple[dict[str, float], dict[str, torch.Tensor]]] = []
-        self.seconds_before = 0.0
+        self.seconds = self.seconds_before = so_far.get("seconds", 0.0)
+        self.skipped = so_far.get("skipped_images", 0.0)
         self.last: dict[str, float] = {}
-        self.skipped = 0.0
-        if accelerator.is_main_process:
-            cut_log(path, start_step)
-            kept = read_log(path)
-            if kept:
-                self.seconds_before, self.skipped = kept[-1]["seconds"], kept[-1].get("skipped_images", 0.0)
+        on_main(accelerator, lambda: cut_log(path, start_step))
         self.start = time.perf_counter()
+
+    def so_far(self) -> dict[str, float]:
+        """The training time and the images left out, up to the last step that was flushed."""
+        return {"seconds": self.seconds, "skipped_images": self.skipped}
 
     def add(self, step: int, learning_rate: float, values: dict[str, torch.Tensor]) -> None:
         """Note the values of a step; write them when enough have come together."""
@@ -73,6 +76,7 @@ class TrainingLog:
             if "skipped_images" in named:  # of the run so far; what comes in is the mean over the processes
                 self.skipped += round(named["skipped_images"] * self.accelerator.num_processes)
                 named["skipped_images"] = self.skipped
+            self.seconds = facts["seconds"]
             self.last = {"step": facts["step"], **named, **facts}
             if facts["step"] % self.every == 0:
                 lines.append(self.last)
@@ -80,11 +84,15 @@ class TrainingLog:
         self._write(lines)
 
     def _write(self, lines: list[dict[str, float]]) -> None:
-        if lines and self.accelerator.is_main_process:
-            with self.path.open("a") as file:
-                file.writelines(json.dumps(line) + "\n" for line in lines)
-        for line in lines:
-            self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+        def write() -> None:
+            if self.accelerator.is_main_process:
+                with self.path.open("a") as file:
+                    file.writelines(json.dumps(line) + "\n" for line in lines)
+            for line in lines:
+                self.accelerator.log({k: v for k, v in line.items() if k != "step"}, step=int(line["step"]))
+
+        if lines:
+            self.group.raise_any(attempt(write)[1])
 
 
 def cut_log(path: Path, step: int) -> None:

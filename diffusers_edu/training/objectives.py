@@ -31,6 +31,7 @@ class Objective:
     """The interface that the training loop knows. `to` and `finish` do nothing unless an objective needs them."""
 
     model: Any
+    vae: Any = None  # frozen, where it is latents that are learned
 
     def to(self, device: torch.device) -> None:
         """Move what does not learn to the device."""

@@ -82,6 +82,22 @@ class Columns:
         return [str((value or [""])[0] if isinstance(value, list) else value or "") for value in values]
 
 
+def check_labels(split: Any, config: TrainingConfig) -> None:
+    """Raise a `UsageError` for a row without a class label, where the run is conditioned on them."""
+    label = Columns.of(split.features, config).label
+    if config.class_conditional and label is not None:
+        for number, value in enumerate(split[label]):
+            check_label(value, f"row {number} of the split {split.split}", config)
+
+
+def check_label(value: int | None, row: str, config: TrainingConfig) -> None:
+    """The same of one row, which `row` names."""
+    if config.class_conditional and (value is None or value < 0):  # -1 is how `datasets` says that there is none
+        raise UsageError(
+            f"{name_of(config)}: {row} has no class label; label it or remove it, or train without --class_conditional"
+        )
+
+
 def image_column(features: dict[str, Any], config: TrainingConfig) -> str:
     """The column that holds images: the one named, the first of image type, or one that holds encoded bytes."""
     import datasets

@@ -17,7 +17,7 @@ from .configuration import TrainingConfig
 from .data import ImageData, augmentation
 from .images import as_tensor, as_tensors, crop, decode_row
 from .randomness import derived_seed
-from .sources import Columns, name_of, undecoded
+from .sources import Columns, check_label, name_of, undecoded
 
 HELD_OUT = 512  # images of the held-out part, at most
 LOOKED_AT = 1000  # images, at most, among which one that can be read is looked for
@@ -50,7 +50,8 @@ class StreamedImages:
     def rows(self, shards: Iterable[int]) -> Iterator[Any]:
         """The rows of some shards to train on, once."""
         for index in shards:
-            for row in rows_of(self.split.shard(num_shards=self.split.num_shards, index=index)):
+            shard = self.split.shard(num_shards=self.split.num_shards, index=index)
+            for row in rows_of(shard, self.config, self.columns, f"shard {index} of "):
                 if not (self.held_out and is_held_out(row[self.columns.image], self.config)):
                     yield row
 
@@ -161,10 +162,19 @@ class StreamedVisits(IterableDataset):
         return {**data.batch(list(range(len(rows))), augmented), "skipped": skipped}
 
 
-def rows_of(split: Any) -> Iterator[Any]:
-    """The rows of a `datasets.IterableDataset`, whatever worker this is: its `__iter__` shares them out among torch's workers."""
+def rows_of(split: Any, config: TrainingConfig, columns: Columns, part: str = "") -> Iterator[Any]:
+    """The rows of a `datasets.IterableDataset`, whatever worker this is: its `__iter__` shares them out among torch's workers.
+
+    Raises:
+        UsageError: one has no class label, and the run is conditioned on them; named as a row of `part` of the split.
+    """
+    number = itertools.count()
     for batch in split.iter(batch_size=READ_AT_ONCE):
-        yield from (dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True))
+        for values in zip(*batch.values(), strict=True):
+            row = dict(zip(batch, values, strict=True))
+            if columns.label is not None:
+                check_label(row.get(columns.label), f"row {next(number)} of {part}the split {split.split}", config)
+            yield row
 
 
 def shuffled(rows: Iterator[Any], size: int, chance: random.Random) -> Iterator[Any]:
@@ -189,7 +199,7 @@ def is_held_out(row: Any, config: TrainingConfig) -> bool:
 
 def with_conditions(pixels: list[torch.Tensor], rows: list[Any], columns: Columns) -> ImageData:
     """Images with the labels and captions of the rows that they come from."""
-    labels = columns.labels(row[columns.label] for row in rows) if columns.label else None
+    labels = columns.labels(row.get(columns.label) for row in rows) if columns.label else None
     captions = columns.captions(row[columns.caption] for row in rows) if columns.caption else None
     return ImageData(torch.stack(pixels), labels=labels, class_names=columns.class_names, captions=captions)
 
@@ -216,12 +226,14 @@ def load_streams(train: Any, held_out: Any, config: TrainingConfig) -> tuple[Str
     """
     columns = Columns.of(train.features or {}, config)
     train = undecoded(train, columns.image, config)
-    channels = gather(rows_of(train), 64, config, columns).channels
+    channels = gather(rows_of(train, config, columns), 64, config, columns).channels
     data = StreamedImages(train, config, columns, held_out is None, channels)
     if held_out is None:
-        chosen = [*itertools.islice((row for row in rows_of(train) if is_held_out(row[columns.image], config)), HELD_OUT)]
+        rows = rows_of(train, config, columns)
+        chosen = [*itertools.islice((row for row in rows if is_held_out(row[columns.image], config)), HELD_OUT)]
         if not chosen:
             raise UsageError(f"{name_of(config)}: none of its images falls into the held-out tenth; give it a test split")
     else:
-        chosen = [*itertools.islice(rows_of(undecoded(held_out, columns.image, config)), HELD_OUT)]
+        rows = rows_of(undecoded(held_out, columns.image, config), config, columns)
+        chosen = [*itertools.islice(rows, HELD_OUT)]
     return data, gather(iter(chosen), HELD_OUT, config, columns, channels)

@@ -1,8 +1,9 @@
 """One training loop on Accelerate, for every rung. It knows objectives; it does not know what they train."""
 
-import signal
+import sys
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,22 @@ from accelerate import Accelerator, DistributedType
 from diffusers.optimization import get_scheduler
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ..errors import LocalError, UsageError
+from ..errors import UsageError
 from .averages import Averages, discard_snapshots, save_snapshot, snapshot_steps, synthesise
+from .batches import make_batches
 from .checkpoints import TrainingState, check, discard_later, find_checkpoint, step_of, write_pipeline
 from .configuration import TrainingConfig
-from .data import ImageData, Visits, on_device
-from .latents import encode_data
-from .launch import Preempted, StopSignal, on_main
+from .data import ImageData, on_device
+from .latents import encode_data, keeps_latents
+from .launch import Preempted, StopSignal, everywhere, on_main
 from .log import LOG_NAME, TrainingLog, cut_log
 from .objectives import Objective
 from .randomness import AddressedDropout, StepNoise, derived_seed
-from .streaming import StreamedImages, StreamedVisits
 from .validation import VALIDATION_NAME, Validation
 
+Steps = Generator[tuple[int, float, dict[str, torch.Tensor]], None, None]
 MEASURED = 10_000  # images, at most, from which `Objective.finish` measures what the pipeline needs
 
 
@@ -57,7 +58,7 @@ def train(
     Raises:
         UsageError: the folder holds another run, a checkpoint is damaged or not there, or nothing can be written.
         FloatingPointError: a loss that is not finite; the checkpoints before it are left as they were.
-        Preempted: SIGTERM came; a checkpoint was saved.
+        Preempted: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     output = Path(config.output_dir)
     total = global_batch_size(config, accelerator)
@@ -65,9 +66,8 @@ def train(
     start_step = 0 if checkpoint is None else step_of(checkpoint)
     bare_model = objective.model.train()
     objective.to(accelerator.device)
-    vae = getattr(objective, "vae", None)
-    if vae is not None and isinstance(data, ImageData) and data.strips is None:
-        data = encode_data(vae, data, config.random_flip, config.train_batch_size, accelerator)
+    if keeps_latents(objective, data):
+        data = encode_data(objective.vae, data, config.random_flip, config.train_batch_size, accelerator)
 
     check_shards(bare_model, accelerator)
     optimizer, lr_scheduler = make_optimizer(bare_model, config)
@@ -77,16 +77,26 @@ def train(
     if checkpoint is not None:
         state.load(checkpoint, saved_state)
     if config.report_to:
-        accelerator.init_trackers("diffusers_edu", config=config.as_hyperparameters())
+        # What an earlier attempt has told TensorBoard of the steps to come does not count.
+        options = {"config": config.as_hyperparameters(), "init_kwargs": {"tensorboard": {"purge_step": start_step + 1}}}
+        everywhere(accelerator, lambda: accelerator.init_trackers("diffusers_edu", **options))
     validation = Validation(pipeline, objective, model, held_out, averages, accelerator, config, sampling or {})
-    log = TrainingLog(output / LOG_NAME, config.logging_steps, accelerator, start_step)
+    log = TrainingLog(output / LOG_NAME, config.logging_steps, accelerator, start_step, saved_state)
     steps = optimiser_steps(model, objective, optimizer, lr_scheduler, data, config, accelerator, start_step)
+    follow(steps, start_step, state, log, validation, config)
+    finish(pipeline, objective, model, data, state, config, accelerator)
+
+
+def follow(
+    steps: Steps, start_step: int, state: TrainingState, log: TrainingLog, validation: Validation, config: TrainingConfig
+) -> None:
+    """Take the steps to the last, and after each do what is due: average, log, keep, measure, save; stop where a signal says so."""
+    output, accelerator, kept = Path(config.output_dir), state.accelerator, snapshot_steps(config)
     shown = {"desc": config.rung, "initial": start_step, "total": config.max_train_steps, "mininterval": 0.5}
     bar = tqdm(steps, disable=not accelerator.is_main_process, **shown)
-    kept = snapshot_steps(config)
     with StopSignal(accelerator) as stop, closing(steps):
         for step, learning_rate, values in bar:
-            averages.step()
+            state.averages.step()
             log.add(step, learning_rate, values)
             if step % 20 == 0 and log.last:
                 bar.set_postfix(loss=f"{log.last['loss']:.4f}", refresh=False)
@@ -99,10 +109,9 @@ def train(
             last, stopped = step == config.max_train_steps, stop.agreed()
             if step % config.checkpointing_steps == 0 or last or stopped:
                 log.flush()
-                saved = state.save(output, step, config.checkpoints_total_limit)
+                saved = state.save(output, step, config.checkpoints_total_limit, log.so_far())
                 if stopped and not last:
-                    raise Preempted(f"stopped by SIGTERM at step {step}; the same command goes on from {saved}")
-    finish(pipeline, objective, model, data, state, config, accelerator)
+                    raise Preempted(stopped, step, saved)
 
 
 def prepare_folder(config: TrainingConfig, total: int) -> tuple[Path | None, dict[str, Any]]:
@@ -116,10 +125,16 @@ def prepare_folder(config: TrainingConfig, total: int) -> tuple[Path | None, dic
     checkpoint = find_checkpoint(config)
     start_step = 0 if checkpoint is None else step_of(checkpoint)
     state = {} if checkpoint is None else check(checkpoint, total)
-    config.save()
+    before = config.saved().get("resume_from_checkpoint")
+    replace(config, resume_from_checkpoint=before).save()
     discard_later(output, start_step)
     discard_snapshots(output, start_step)
     cut_log(output / VALIDATION_NAME, start_step)
+    config.save()  # that the run has gone back is noted once it has; see `find_checkpoint`
+    wanted = config.resume_from_checkpoint or "latest"
+    if checkpoint is not None and wanted != "latest" and Path(wanted).name != checkpoint.name:
+        note = f"it has gone back to {wanted} before; to do so again, remove the later checkpoints"
+        print(f"{output} goes on from {checkpoint.name}: {note}", file=sys.stderr)
     return checkpoint, state
 
 
@@ -144,15 +159,16 @@ def optimiser_steps(
     config: TrainingConfig,
     accelerator: Accelerator,
     start_step: int,
-) -> Generator[tuple[int, float, dict[str, torch.Tensor]], None, None]:
+) -> Steps:
     """Take optimiser steps; yield after each its number, from 1, its learning rate, and its loss and terms on the device."""
     per_batch = config.train_batch_size * accelerator.num_processes
     total = global_batch_size(config, accelerator)
     first = accelerator.process_index * config.train_batch_size
     parts = [range(start, start + config.train_batch_size) for start in range(first, total, per_batch)]
-    batches = make_batches(data, parts, total, start_step, config, accelerator)
+    reading = make_batches(data, parts, total, start_step, config, accelerator)
     parameters = list(model.parameters())  # to look for them takes a millisecond
-    with closing(AddressedDropout(objective.model)) as dropout:  # whose names no wrapper has changed
+    # The names of the dropouts are those that no wrapper has changed.
+    with closing(reading) as batches, closing(AddressedDropout(objective.model)) as dropout:
         for step in range(start_step, config.max_train_steps):
             collected: list[dict[str, torch.Tensor]] = []
             skipped = getattr(data, "skipped", 0) if step == 0 and accelerator.is_main_process else 0
@@ -177,39 +193,6 @@ def optimiser_steps(
             if config.on_bad_image == "skip":
                 values["skipped_images"] = torch.tensor(float(skipped), device=accelerator.device)
             yield step + 1, learning_rate, values
-
-
-def make_batches(
-    data: Any, parts: list[range], total: int, start_step: int, config: TrainingConfig, accelerator: Accelerator
-) -> Iterator[dict[str, Any]]:
-    """The batches of this process, for each step one for each of `parts`, its rows of the global batch."""
-    last = config.max_train_steps
-    options = {
-        "batch_size": None,  # batches come whole
-        "collate_fn": as_it_is,
-        "num_workers": config.dataloader_num_workers,
-        "pin_memory": accelerator.device.type == "cuda",
-        # What stops a job is sent to all of its processes; the training one finishes its step, for which it needs the data.
-        "worker_init_fn": ignore_sigterm,
-    }
-    if isinstance(data, StreamedImages):
-        loader = DataLoader(StreamedVisits(data, parts, total, start_step, last), **options)
-    else:
-        positions = ([step * total + row for row in part] for step in range(start_step, last) for part in parts)
-        loader = DataLoader(Visits(data, config.seed, config.random_flip), sampler=positions, **options)
-    for batch in loader:
-        if "error" in batch:
-            raise LocalError(batch["error"])
-        yield batch
-
-
-def ignore_sigterm(_: int) -> None:
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def as_it_is(batch: Any) -> Any:
-    """The collation of batches that the data set has put together itself."""
-    return batch
 
 
 def make_optimizer(model: torch.nn.Module, config: TrainingConfig) -> tuple[torch.optim.Optimizer, Any]:

@@ -14,6 +14,7 @@ from PIL import Image
 from .averages import Averages, reshard
 from .configuration import TrainingConfig
 from .data import ImageData, on_device
+from .launch import everywhere
 from .objectives import Objective
 from .randomness import StepNoise, derived_seed
 
@@ -66,6 +67,10 @@ class Validation:
             if self.averages.shown is not None:
                 line["ema"] = self.losses(self.averages.shown)
             images = self.samples() if self.num_samples else None
+        everywhere(self.accelerator, lambda: self.write(line, images, step))
+
+    def write(self, line: dict[str, Any], images: torch.Tensor | None, step: int) -> None:
+        """Write what was found, and tell the trackers."""
         found = {f"validation_{name}": values["loss"] for name, values in line.items() if name != "step"}
         self.accelerator.log(found, step=step)
         if not self.accelerator.is_main_process:
