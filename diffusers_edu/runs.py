@@ -64,12 +64,11 @@ def measure_pipeline(
     replace(config, seed=seed).validate()  # what a training refuses as a seed, a measurement does
     train, held_out = load_data(config)
     steps = RUNGS[config.rung].num_inference_steps
-    if steps is not None and num_inference_steps is not None:
-        steps = num_inference_steps
-    if steps is not None and not 1 <= steps <= (
-        len(pipeline.scheduler) if "scheduler" in pipeline.components else max(steps, 1)
-    ):
-        raise UsageError(f"--num_inference_steps {steps}: this pipeline takes 1 to {len(pipeline.scheduler)}")
+    if steps is not None:
+        most = len(pipeline.scheduler) if "scheduler" in pipeline.components else None
+        steps = min(steps, most or steps) if num_inference_steps is None else num_inference_steps
+        if steps < 1 or (most is not None and steps > most):
+            raise UsageError(f"--num_inference_steps {steps}: this pipeline takes 1 to {most or 'as many as it has stages'}")
     samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     real = train.images[order[:num_samples]]

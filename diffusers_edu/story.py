@@ -145,7 +145,7 @@ def stage_pictures(rung: Measured, ladder: Ladder) -> tuple[pictures.StageShares
     start = config.sigma_max * initial_noise(ladder.seed, TRACED, ladder.held_out.images.shape[1:])
     steps = record(rung, TRACED, ladder.seed)
     shares = pictures.stage_shares(steps, start, 2 * ladder.held_out.images.std(0).mean().item())
-    return shares, [pictures.stage_chart(shares, config.fresh_noise), pictures.reverse_process(start, steps, "stage")]
+    return shares, [pictures.stage_chart(shares, config.fresh_noise), *pictures.reverse_process(start, steps, "stage")]
 
 
 def tell_stacked(rung: Measured, ladder: Ladder) -> Story:
@@ -180,7 +180,7 @@ def tell_ddpm(rung: Measured, ladder: Ladder) -> Story:
     start = initial_noise(ladder.seed, 4, rung.samples.shape[1:])
     near = pictures.nearest(rung.samples, ladder.train.images, ladder.held_out.images)
     reverse = pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep")
-    return verdict, [near, reverse, *([] if rung.bound is None else pictures.bound_pictures(rung.bound))]
+    return verdict, [near, *reverse, *([] if rung.bound is None else pictures.bound_pictures(rung.bound))]
 
 
 def tell_latent(rung: Measured, ladder: Ladder) -> Story:
@@ -188,7 +188,7 @@ def tell_latent(rung: Measured, ladder: Ladder) -> Story:
     near = pictures.nearest(rung.samples, ladder.train.images, ladder.held_out.images)
     drawn = [near, *pictures.same_decoder(prior.samples[:SHOWN], rung.samples[:SHOWN])]
     start = initial_noise(ladder.seed, 4, vae.latent_shape)
-    drawn.append(pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep", vae))
+    drawn += pictures.reverse_process(start, record(rung, 4, ladder.seed), "timestep", vae)
     return claims.judge_latent(rung.metrics, prior.metrics), drawn
 
 

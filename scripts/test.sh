@@ -7,4 +7,5 @@ install_project dev
 ruff check .
 ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
 mypy
-exec python -m pytest "$@"
+# A process for each core; the tests of a file stay together, for what they share.
+exec python -m pytest --numprocesses logical --dist loadfile "$@"

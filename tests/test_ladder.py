@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import subprocess
 from html.parser import HTMLParser
 
 import pytest
@@ -81,8 +83,49 @@ def test_the_page_stands_alone_and_names_every_rung(ladder):
     assert page.sources
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert not page.unnamed
-    assert not re.search(r"<(script|link|iframe)", text)
+    assert not re.search(r"<(script .*src|link|iframe)", text)
     assert text.count("<svg") >= len(RUNGS) + 4
+
+
+BROWSER = shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
+MOVE = """<script>
+window.addEventListener("load", () => {
+  const sliders = [...document.querySelectorAll(".slider")];
+  const shown = slider => [...slider.querySelectorAll("figure")].filter(figure => figure.offsetParent !== null);
+  const seen = sliders.map(slider => {
+    const input = slider.querySelector("input"), states = [];
+    for (const value of [0, Number(input.max), 1]) {
+      input.value = value;
+      input.dispatchEvent(new Event("input"));
+      const figures = shown(slider);
+      states.push([figures.length, figures[0].querySelector("img").src, input.getAttribute("aria-valuetext")]);
+    }
+    return states;
+  });
+  const width = [document.documentElement.scrollWidth, window.innerWidth];
+  document.body.textContent = JSON.stringify({ seen, width });
+});
+</script></body>"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
+def test_in_a_browser_the_sliders_move_and_the_page_fits_a_phone(ladder, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text((ladder / "report.html").read_text().replace("</body>", MOVE))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={tmp_path}/profile", "--window-size=500,900", "--dump-dom", page.as_uri()]
+    run = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in run.stderr
+    found = json.loads(re.search(r'\{"seen.*\}', run.stdout).group())
+    assert len(found["seen"]) == 5  # the forward process, the two stacks, diffusion and latent diffusion
+    for states in found["seen"]:
+        assert [count for count, _, _ in states] == [1, 1, 1]
+        pictures, labels = {picture for _, picture, _ in states}, {label for _, _, label in states}
+        assert len(pictures) >= 2  # the last frames of a collapsed stack may be alike
+        assert len(labels) == 3
+    width, window = found["width"]
+    assert width <= window
 
 
 def test_the_verdicts_follow_the_measurements(ladder):

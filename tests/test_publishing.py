@@ -242,6 +242,16 @@ def test_a_mistake_is_one_line_and_nothing_is_written(run, tmp_path, capsys, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_chain_shorter_than_the_rungs_steps_is_measured_in_all_of_its_own():
+    pipe = build("ddpm")
+    pipe.scheduler = type(pipe.scheduler)(num_train_timesteps=3, beta_schedule="squaredcos_cap_v2")
+    config = configuration("ddpm", dataset_name="digits", num_train_timesteps=3)
+    assert measure_pipeline(pipe, config, 12, None, 0).num_inference_steps == 3
+    for steps in (0, 4):
+        with pytest.raises(UsageError, match="1 to 3"):
+            measure_pipeline(pipe, config, 12, steps, 0)
+
+
 def test_the_scheduler_of_a_run_goes_into_another_pipeline(tmp_path):
     build("ddpm").save_pretrained(tmp_path / "run")
     build("latent").save_pretrained(tmp_path / "other")

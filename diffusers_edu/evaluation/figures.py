@@ -18,8 +18,11 @@ INK, ACCENT, QUIET = "#26241f", "#b4441c", "#9a958a"
 TILE = 48  # pixels of a tile's side, about
 
 
-def grid(images: torch.Tensor, columns: int, alt: str, gap: int = 1) -> Markup:
-    """Images (N, C, H, W) in [0, 1] as one picture of `columns` tiles a row, drawn as ink on paper where grey."""
+def grid(images: torch.Tensor, columns: int, alt: str, gap: int = 1, scale: int | None = None) -> Markup:
+    """Images (N, C, H, W) in [0, 1] as one picture of `columns` tiles a row, drawn as ink on paper where grey.
+
+    `scale`: pixels of the picture for each of an image; by default as many as make a tile easy to see.
+    """
     images = images.float().clamp(0, 1)
     count, channels, height, width = images.shape
     rows = -(-count // columns)
@@ -28,7 +31,7 @@ def grid(images: torch.Tensor, columns: int, alt: str, gap: int = 1) -> Markup:
         top, left = (i // columns) * (height + gap), (i % columns) * (width + gap)
         page[:, top : top + height, left : left + width] = image
     pixels = (page * 255).round().to(torch.uint8).permute(1, 2, 0).squeeze(-1).numpy()
-    scale = max(1, TILE // width)
+    scale = scale or max(1, TILE // width)
     enlarged = np.kron(pixels, np.ones((scale, scale, *[1] * (pixels.ndim - 2)), dtype=np.uint8))
     return png(Image.fromarray(enlarged), alt)
 
@@ -47,6 +50,18 @@ def strip(columns: Sequence[tuple[str, torch.Tensor]], alt: str) -> Markup:
         for label, images in columns
     ]
     return Markup('<div class="strip" tabindex="0" role="group" aria-label="{}">{}</div>').format(alt, Markup("").join(cells))
+
+
+def slider(frames: Sequence[tuple[str, torch.Tensor]], alt: str) -> Markup:
+    """Frames, each a label and images (N, C, H, W) in [0, 1] in a row, of which a slider shows one; without a script, all are shown."""
+    pictures = [
+        Markup("<figure>{}<figcaption>{}</figcaption></figure>").format(
+            grid(images, len(images), f"{alt}, {label}", scale=1), label
+        )
+        for label, images in frames
+    ]
+    control = Markup('<input type="range" min="0" max="{}" value="0" aria-label="{}">').format(len(frames) - 1, alt)
+    return Markup('<div class="slider">{}{}</div>').format(control, Markup("").join(pictures))
 
 
 def chart(alt: str, width: float = 4.4, height: float = 2.5):

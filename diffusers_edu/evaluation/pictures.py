@@ -13,6 +13,7 @@ from .likelihood import Bound
 from .sampling import Step, decode, to_unit
 
 COLUMNS = 11  # of a strip
+FRAMES = 51  # of a slider
 
 
 @dataclass
@@ -59,6 +60,9 @@ def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list
         x_t = scheduler.add_noise(images, noise, torch.full((len(images),), t))
         label = f"t = {t}<br>α̅ {decimal(alpha_bar[t])}<br>SNR {decimal(snr[t])}"
         columns.append((label, visible(x_t)))
+    frames = [("x_0", to_unit(images))]
+    for t in spread(len(alpha_bar), FRAMES):
+        frames.append((f"t = {t}", visible(scheduler.add_noise(images, noise, torch.full((len(images),), t)))))
     figure, axes = figures.chart("alpha bar and signal-to-noise ratio over the timesteps")
     axes.plot(alpha_bar, color=figures.ACCENT)
     axes.plot(1 - alpha_bar, color=figures.QUIET)
@@ -76,6 +80,11 @@ def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list
             figures.strip(columns, "forward process"),
             wide=True,
         ),
+        Picture(
+            "Timestep by timestep",
+            "Move the slider, or use the arrow keys.",
+            figures.slider(frames, "timestep of the forward process"),
+        ),
         Picture("Image and noise", "How much of the variance of x_t is image, and how much is noise.", figures.svg(figure)),
         Picture(
             "Signal to noise",
@@ -90,8 +99,8 @@ def decimal(value: float) -> str:
     return f"{value:.2g}" if value < 1e-3 else f"{float(f'{value:.2g}'):,g}"
 
 
-def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any = None, rows: int = 4) -> Picture:
-    """From the noise that a call started with, by what was handed on after some of its steps, to samples.
+def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any = None, rows: int = 4) -> list[Picture]:
+    """From the noise that a call started with, by what was handed on after each of its steps, to samples: a strip, and a slider.
 
     Args:
         start: the noise, shape (B, C, H, W).
@@ -100,15 +109,26 @@ def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any 
         vae: decodes latents for the eye.
         rows: samples to show.
     """
-    columns = [("noise", decode(vae, start[:rows] / vae.config.scaling_factor) if vae is not None else visible(start[:rows]))]
-    for index in spread(len(steps)):
-        x = steps[index].sample[:rows]
-        last = index == len(steps) - 1
-        images = decode(vae, x / vae.config.scaling_factor) if vae is not None else (to_unit(x) if last else visible(x))
-        columns.append((f"{noun} {steps[index].timestep}" if index == 0 else f"{steps[index].timestep}", images))
+
+    def drawn(x: torch.Tensor, last: bool = False) -> torch.Tensor:
+        if vae is not None:
+            return decode(vae, x[:rows] / vae.config.scaling_factor)
+        return to_unit(x[:rows]) if last else visible(x[:rows])
+
+    frames = [("noise", drawn(start))]
+    frames += [(f"{noun} {step.timestep}", drawn(step.sample, i == len(steps) - 1)) for i, step in enumerate(steps)]
+    chosen = [0, *(1 + i for i in spread(len(steps)))]
+    columns = [(frames[i][0] if i <= 1 else frames[i][0].removeprefix(f"{noun} "), frames[i][1]) for i in chosen]
     shown = "decoded" if vae is not None else "as it is handed on"
     caption = f"From noise to samples in {len(steps)} steps: the image after the {noun} named below it, {shown}."
-    return Picture("From noise to samples", caption, figures.strip(columns, "reverse process"), wide=True)
+    return [
+        Picture("From noise to samples", caption, figures.strip(columns, "reverse process"), wide=True),
+        Picture(
+            f"{noun.capitalize()} by {noun}",
+            "Move the slider, or use the arrow keys.",
+            figures.slider(frames, f"{noun} of the reverse process"),
+        ),
+    ]
 
 
 def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float) -> StageShares:
