@@ -178,7 +178,7 @@ def source_file(kind: type) -> Path:
     """
     try:
         path = inspect.getsourcefile(kind)
-    except TypeError:
+    except (TypeError, OSError):
         path = None
     if path is None or not Path(path).is_file() or kind.__module__ == "__main__":
         raise UsageError(f"{kind.__name__} is defined in no file that can be shipped; put it into a module of its own")
