@@ -8,4 +8,4 @@ ruff check .
 ruff format --check --quiet . || { echo "run: ruff format ." >&2; exit 1; }
 mypy
 # A process for each core; the tests of a file stay together, for what they share.
-exec python -m pytest --numprocesses logical --dist loadfile "$@"
+exec python -m pytest --numprocesses logical --dist loadfile --no-loadscope-reorder "$@"
