@@ -10,7 +10,7 @@ from .errors import UsageError
 from .evaluation.metrics import Estimate, measure, memorised
 from .evaluation.sampling import sample
 from .rungs import RUNGS, configuration, train_rung
-from .runs import likelihood, load
+from .runs import chain, likelihood, load
 from .story import SHOWN, Ladder, Measured, page, steps_argument
 from .training.configuration import TrainingConfig, write_text
 from .training.data import ImageData, load_data
@@ -66,7 +66,7 @@ def train_and_measure(config: TrainingConfig, train: ImageData, held_out: ImageD
     sample_seconds = time.perf_counter() - start
     metrics = measure(samples.flatten(1), held_out.images.flatten(1), seed)
     metrics["memorised"] = memorised(*(x.flatten(1) for x in (samples, train.images, held_out.images)))
-    bound = likelihood(pipeline, train, held_out, seed=seed)
+    bound = likelihood(pipeline, held_out, chain(pipeline, train, seed=seed), seed=seed)
     if bound is not None:
         metrics["bits_per_dim"] = bound.bits_per_dim()
     log = read_log(Path(config.output_dir) / LOG_NAME)

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
 from .errors import UsageError
-from .evaluation.likelihood import Bound, autoencoder_bound, diffusion_bound, latent_diffusion_bound, unconditional
+from .evaluation.likelihood import Bound, autoencoder_bound, diffusion_bound, latent_diffusion_bound, scaled, unconditional
 from .evaluation.metrics import Estimate, measure, memorised
 from .evaluation.sampling import sample
 from .rungs import RUNGS
@@ -78,50 +78,46 @@ def measure_pipeline(
 
 
 def likelihood(
-    pipeline: Any,
-    train: ImageData,
-    held_out: ImageData,
-    variance: str = "analytic",
-    steps: int = 50,
-    codes: int = 1,
-    seed: int = 0,
+    pipeline: Any, held_out: ImageData, scheduler: Any, steps: int = 50, codes: int = 1, seed: int = 0
 ) -> Bound | None:
     """The bound on -log p of the held-out images; None for a pipeline without a likelihood.
 
     Args:
         pipeline: of a VAE, of diffusion, or of both.
-        train: images that an analytic variance is fitted to.
         held_out: images that are explained.
-        variance: of the reverse steps of a diffusion, a `variance_type`.
-        steps: K of its chain, spaced `trailing`: other grids end too near to the image for a step without a variance of its own.
+        scheduler: what `chain` made of the pipeline.
+        steps: K, of a diffusion.
         codes: drawn for each image, of a VAE alone; see `autoencoder_bound`.
         seed: of the draws.
     """
     vae, unet = (pipeline.components.get(name) for name in ("vae", "unet"))
-    device, bin_width = pipeline.device, 2 / held_out.max_value
-    x = everything(held_out).to(device)
+    bin_width = 2 / held_out.max_value
+    x = everything(held_out).to(pipeline.device)
     std = None if vae is None else getattr(vae, "log_sigma_x", None)
     if unet is None:
         return None if std is None else autoencoder_bound(vae, x, std.exp().item(), bin_width, codes, seed)
-    if not hasattr(pipeline.scheduler, "bound_term") or (vae is not None and std is None):
+    if scheduler is None or (vae is not None and std is None):
         return None
-    scheduler = chain(pipeline, train, variance, seed)
     scheduler.set_timesteps(min(steps, len(scheduler)))
     if std is None:
         return diffusion_bound(unconditional(unet), scheduler, x, bin_width, seed=seed)
     return latent_diffusion_bound(vae, unconditional(unet), scheduler, x, std.exp().item(), bin_width, seed=seed)
 
 
-def chain(pipeline: Any, train: ImageData, variance: str, seed: int) -> Any:
-    """The pipeline's scheduler with a variance, and a grid that ends a step before the image."""
-    scheduler = pipeline.scheduler
+def chain(pipeline: Any, train: ImageData, variance: str = "analytic", seed: int = 0) -> Any:
+    """The pipeline's scheduler with the variance of a `variance_type`, the analytic one fitted to images; None where it has no bound.
+
+    Its grid is spaced `trailing`: others end too near to the image for a step without a variance of its own.
+    """
+    scheduler = pipeline.components.get("scheduler")
+    if not hasattr(scheduler, "bound_term"):
+        return None
     if variance != "analytic":
         return scheduler.from_config(scheduler.config, variance_type=variance, timestep_spacing="trailing")
     samples = everything(train).to(pipeline.device)
     if (vae := pipeline.components.get("vae")) is not None:
         with torch.no_grad():
-            z = vae.encode(samples).latent_dist.sample(torch.Generator().manual_seed(seed))
-        samples = (z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+            samples = scaled(vae, vae.encode(samples).latent_dist.sample(torch.Generator().manual_seed(seed)))
     fitted = fit_variance(pipeline, samples, seed=seed)
     return fitted.from_config(fitted.config, timestep_spacing="trailing")
 
@@ -134,14 +130,14 @@ def everything(data: ImageData) -> torch.Tensor:
 def likelihoods(pipeline: Any, config: TrainingConfig, seed: int) -> Iterator[dict[str, Any]]:
     """Every bound that a run has, each with how it was made, its parts, and its intervals."""
     train, held_out = load_data(config)
-    cases: list[dict[str, Any]]
+    variances = ["fixed_small", "fixed_large", "analytic", *([config.variance_type] if config.learns_variance else [])]
+    cases: list[tuple[dict[str, Any], Any]] = [({"codes": codes}, None) for codes in CODES]
     if "unet" in pipeline.components:
-        variances = ["fixed_small", "fixed_large", "analytic", *([config.variance_type] if config.learns_variance else [])]
-        cases = [{"variance": variance, "steps": steps} for variance in variances for steps in STEPS]
-    else:
-        cases = [{"codes": codes} for codes in CODES]
-    for case in cases:
-        bound = likelihood(pipeline, train, held_out, seed=seed, **case)
+        chains = {variance: chain(pipeline, train, variance, seed) for variance in variances}
+        cases = [({"variance": name, "steps": steps}, each) for name, each in chains.items() for steps in STEPS]
+    for case, scheduler in cases:
+        sizes = {name: value for name, value in case.items() if name != "variance"}
+        bound = likelihood(pipeline, held_out, scheduler, seed=seed, **sizes)
         if bound is not None:
             parts = {name: bound.estimate(part).as_json() for name, part in bound.parts.items()}
             yield {**case, "bits_per_dim": bound.bits_per_dim().as_json(), "nats": bound.estimate().as_json(), "parts": parts}

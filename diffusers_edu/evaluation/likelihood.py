@@ -197,12 +197,17 @@ def latent_diffusion_bound(
         z = posterior.reparameterise(noise(posterior.mean))
         reconstruction.append(-log_likelihood(x, vae.decode(z).sample, std, bin_width).cpu())
         log_q.append(posterior.log_prob(z).double().cpu())
-        codes.append((z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor)
+        codes.append(scaled(vae, z))
     y = torch.cat(codes)
     prior = diffusion_bound(model, scheduler, y, None, draws, seed + 1, batch_size)
     scale = torch.full((len(y),), -y[0].numel() * math.log(vae.config.scaling_factor), dtype=torch.float64)
     parts = {"reconstruction": torch.cat(reconstruction), "posterior": torch.cat(log_q), **prior.parts, "scale": scale}
     return Bound(parts, images[0].numel(), prior.timesteps, prior.terms, prior.squared_errors)
+
+
+def scaled(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """Codes as their diffusion sees them, y = s (z - m); Rombach et al. 2022, appendix G."""
+    return (z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 def unconditional(unet: Any) -> Model:
