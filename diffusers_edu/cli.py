@@ -64,33 +64,37 @@ def option(arguments: list[str], name: str) -> str | None:
 
 
 def ladder(arguments: list[str]) -> None:
-    """Train all six rungs on the digits, measure them and write the page."""
+    """Train all six rungs on the digits, measure them, hold their claims against the figures, and write the page."""
     parser = Parser(prog="diffusers-edu ladder", description=ladder.__doc__)
     parser.add_argument("output", nargs="?", default="runs/ladder", help="the folder to write to (default: runs/ladder)")
     parser.add_argument("--num_samples", type=int, default=1000, help="samples of each rung to measure (default: 1000)")
     parser.add_argument("--seed", type=int, default=0, help="of the training and the samples (default: 0)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs, of this seed and the next ones (default: 1)")
     parser.add_argument("--max_train_steps", type=int, help="of every rung, for a quick look (default: the rung's own)")
     parsed = parser.parse_args(arguments)
     from .ladder import climb
 
-    climb(Path(parsed.output), parsed.num_samples, parsed.seed, parsed.max_train_steps)
+    climb(Path(parsed.output), parsed.num_samples, parsed.seed, parsed.seeds, parsed.max_train_steps)
 
 
 def evaluate(arguments: list[str]) -> None:
-    """Measure a saved pipeline on the held-out images of the data it was trained on, and print the figures as JSON."""
+    """Measure saved pipelines on the held-out images of the data they were trained on, and print the figures as JSON."""
     parser = Parser(prog="diffusers-edu evaluate", description=evaluate.__doc__)
-    parser.add_argument("run", help="the folder of a trained pipeline")
+    parser.add_argument("runs", nargs="+", metavar="run", help="the folder of a trained pipeline; of several, differences too")
     parser.add_argument("--num_samples", type=int, default=1000, help="samples to draw (default: 1000)")
     parser.add_argument("--num_inference_steps", type=int, help="sampling steps (default: the rung's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
     parser.add_argument(
+        "--features", default="auto", help="pixels, fashion-cnn, efficientnet-lite0, inception (default: by size and colour)"
+    )
+    parser.add_argument(
         "--likelihood", action="store_true", help="bounds on the likelihood too, in nats and bits per dimension"
     )
     parsed = parser.parse_args(arguments)
-    from .runs import evaluate_run
+    from .runs import evaluate_runs
 
-    if is_first():
-        evaluate_run(Path(parsed.run), parsed.num_samples, parsed.num_inference_steps, parsed.seed, parsed.likelihood)
+    runs = [Path(run) for run in parsed.runs]
+    evaluate_runs(runs, parsed.num_samples, parsed.num_inference_steps, parsed.seed, parsed.features, parsed.likelihood)
 
 
 def ema(arguments: list[str]) -> None:

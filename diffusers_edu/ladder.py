@@ -1,54 +1,79 @@
-"""The main job: train every rung, measure it, and write the page that shows it."""
+"""The main job: train every rung, measure it, hold the story's claims against the figures, and write the page that shows it."""
 
 import json
+import os
+import signal
+import threading
 import time
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any
 
+import torch
+from tqdm.auto import tqdm
+
 from .errors import UsageError
-from .evaluation.metrics import Estimate, measure, memorised
-from .evaluation.sampling import sample
-from .rungs import RUNGS, configuration, train_rung
-from .runs import chain, likelihood, load
-from .story import SHOWN, Ladder, Measured, page, steps_argument
+from .experiment import Measured, conclude, plan, train_and_measure
+from .rungs import RUNGS
+from .story import SHOWN, page
 from .training.configuration import TrainingConfig, write_text
-from .training.data import ImageData, load_data
-from .training.log import LOG_NAME, read_log
+from .training.data import load_data
+from .training.log import LOG_NAME
+
+# What one process does on its own, in this order; the longest first, so that none is left over at the end.
+JOBS = [
+    ["ddpm"], ["vae", "latent_diffusion"], ["noisy_stacked_dae"],
+    ["vae_full"], ["vae_light"], ["vae_middle"], ["vae_heavy"], ["stacked_dae"], ["dae"],
+]  # fmt: skip
+LOOK = 0.5  # seconds between two looks at how far the processes are
 
 
-def climb(output: Path, num_samples: int = 1000, seed: int = 0, max_train_steps: int | None = None) -> None:
+def climb(output: Path, num_samples: int = 1000, seed: int = 0, seeds: int = 1, max_train_steps: int | None = None) -> None:
     """Train the six rungs on the digits into `output/<rung>`; write `output/results.json` and `output/report.html`.
+
+    Rungs are trained and measured at the same time, one to each core. Of more than one seed, the rungs of the first lie there, those of
+    the others in `output/seed-<seed>/`, and every figure is the mean over the seeds, with the interval of that.
+
+    Args:
+        output: the folder.
+        num_samples: of each rung, to be measured.
+        seed: the first.
+        seeds: how many.
+        max_train_steps: of every rung, in place of its own.
 
     Raises:
         UsageError: the folder holds the results of other settings, or cannot be written.
     """
     if num_samples < SHOWN:
         raise UsageError(f"--num_samples {num_samples}: at least {SHOWN} are needed")
+    if seeds < 1:
+        raise UsageError(f"--seeds {seeds}: at least 1 is needed")
     start = time.perf_counter()
     changes: dict[str, Any] = {} if max_train_steps is None else {"max_train_steps": max_train_steps}
-    configs = {
-        name: configuration(name, dataset_name="digits", output_dir=str(output / name), seed=seed, **changes) for name in RUNGS
-    }
-    configs["latent_diffusion"] = replace(configs["latent_diffusion"], vae_path=str((output / "vae").resolve()))
-    for config in configs.values():
+    numbers = list(range(seed, seed + seeds))
+    plans = [plan(output if number == seed else output / f"seed-{number}", number, changes) for number in numbers]
+    for config in (config for each in plans for config in each.values()):
         config.check_folder()  # all of them before the first is trained
+    train, held_out = load_data(plans[0]["dae"])
+    if num_samples > len(train):
+        raise UsageError(
+            f"--num_samples {num_samples}: the floor is of as many training images, of which there are {len(train)}"
+        )
 
-    train, held_out = load_data(configs["dae"])
-    rungs = {}
-    for number, (name, config) in enumerate(configs.items(), 1):
-        print(f"[{number}/{len(configs)}] {name}: {RUNGS[name].title}", flush=True)
-        rungs[name] = train_and_measure(config, train, held_out, num_samples, seed)
-        print(f"      {summary(rungs[name].metrics)}", flush=True)
-    floor = measure(train.images.flatten(1), held_out.images.flatten(1), seed)
-    ladder = Ladder(train, held_out, rungs, floor, seed)
+    runs = work_through(plans, num_samples)
+    ladder = conclude(train, held_out, numbers, runs)
     write_text(output / "results.json", json.dumps(ladder.as_json(), indent=2) + "\n")
+    for name, found in ladder.verdicts.items():
+        print(f"{name}: {RUNGS[name].title}", *(f"  {verdict.word}: {verdict.statement}" for verdict in found), sep="\n")
 
     print("drawing the page", flush=True)
     facts = {
         "data": f"{len(train)} digits to train on, {len(held_out)} held out, {train.resolution}x{train.resolution} grey",
         "samples measured": f"{num_samples} a rung",
-        "seed": str(seed),
+        "seeds": ", ".join(map(str, numbers)),
         "run": f"{time.perf_counter() - start:.0f} s",
         "folder": str(output),
     }
@@ -56,23 +81,95 @@ def climb(output: Path, num_samples: int = 1000, seed: int = 0, max_train_steps:
     print(f"{output / 'report.html'}: open it in a browser ({time.perf_counter() - start:.0f} s in all)", flush=True)
 
 
-def train_and_measure(config: TrainingConfig, train: ImageData, held_out: ImageData, num_samples: int, seed: int) -> Measured:
-    """Train a rung, load what was saved as anyone would, draw samples and measure them, and its likelihood."""
-    train_rung(config)
-    pipeline = load(config.output_dir)
-    steps = RUNGS[config.rung].num_inference_steps
-    start = time.perf_counter()
-    samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
-    sample_seconds = time.perf_counter() - start
-    metrics = measure(samples.flatten(1), held_out.images.flatten(1), seed)
-    metrics["memorised"] = memorised(*(x.flatten(1) for x in (samples, train.images, held_out.images)))
-    bound = likelihood(pipeline, held_out, chain(pipeline, train, seed=seed), seed=seed)
-    if bound is not None:
-        metrics["bits_per_dim"] = bound.bits_per_dim()
-    log = read_log(Path(config.output_dir) / LOG_NAME)
-    losses = [(int(line["step"]), line["loss"]) for line in log]
-    return Measured(config.rung, pipeline, log[-1]["seconds"], samples, sample_seconds, metrics, losses, steps, bound)
+# ------------------------------------------------------------------------------------------------ many processes
 
 
-def summary(metrics: dict[str, Estimate]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {estimate.value:.3f}" for name, estimate in metrics.items())
+def work_through(plans: Sequence[dict[str, TrainingConfig]], num_samples: int) -> list[dict[str, Measured]]:
+    """Train and measure all, as many at a time as there are cores; the results do not depend on it.
+
+    Cores that share the operations of a small network wait for each other: on two cores, two rungs side by side are done in two thirds
+    of the time that they take one after the other.
+    """
+    jobs = [(index, names) for names in JOBS for index in range(len(plans))]
+    cores = torch.get_num_threads()
+    workers = 1 if torch.accelerator.is_available() else min(len(jobs), cores)
+    runs: list[dict[str, Measured]] = [{} for _ in plans]
+    settings = {"OMP_NUM_THREADS": str(max(1, cores // workers)), "TQDM_DISABLE": "1"}
+    with environment(settings), sigterm_raised(), ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        running = {}
+        for index, names in jobs:
+            configs = {name: plans[index][name] for name in names}
+            running[pool.submit(work, configs, num_samples)] = index
+        try:
+            for done in watch(running, [config for each in plans for config in each.values()]):
+                for measured in done.result():
+                    runs[running[done]][measured.name] = measured
+                    tqdm.write(f"{Path(measured.folder)}: {summary(measured)}")
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():
+                process.terminate()  # each saves a checkpoint, from which the same command goes on
+            raise
+    return runs
+
+
+def work(configs: dict[str, TrainingConfig], num_samples: int) -> list[Measured]:
+    """What one process does at a time."""
+    return [train_and_measure(name, config, num_samples) for name, config in configs.items()]
+
+
+def watch(futures: Sequence[Future] | dict, configs: Sequence[TrainingConfig]) -> Iterator[Future]:
+    """The jobs as they end, with a progress bar of all optimiser steps, read off the logs."""
+    left, total = set(futures), sum(config.max_train_steps for config in configs)
+    with tqdm(total=total, desc="training", unit="step") as bar:
+        while left:
+            done, left = wait(left, timeout=LOOK, return_when="FIRST_COMPLETED")
+            yield from done
+            taken = {config: steps_taken(config) for config in map(Path, (config.output_dir for config in configs))}
+            bar.n = sum(taken.values())
+            under_way = [config for config in configs if 0 < taken[Path(config.output_dir)] < config.max_train_steps]
+            shown = ", ".join(f"{Path(c.output_dir).name} {taken[Path(c.output_dir)]}/{c.max_train_steps}" for c in under_way)
+            bar.set_postfix_str(shown or "measuring", refresh=True)
+
+
+def steps_taken(folder: Path) -> int:
+    log = folder / LOG_NAME
+    return log.read_bytes().count(b"\n") if log.exists() else 0
+
+
+def summary(measured: Measured) -> str:
+    shown = ("frechet_distance", "precision", "recall", "diversity", "bits_per_dim")
+    figures = {name: measured.figures[name] for name in shown if name in measured.figures}
+    return ", ".join(f"{name.replace('_', ' ')} {estimate.value:.3f}" for name, estimate in figures.items())
+
+
+@contextmanager
+def environment(values: dict[str, str]) -> Iterator[None]:
+    """The processes started meanwhile see these variables."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def sigterm_raised() -> Iterator[None]:
+    """SIGTERM as an exception, so that the workers do not outlive this process."""
+
+    def stop(number: int, _: object) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():  # elsewhere Python allows no handler
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

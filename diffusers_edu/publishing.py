@@ -15,6 +15,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .errors import UsageError, first_line
+from .evaluation.features import KINDS
 from .hub.card import CARD_NAME, PICTURE_NAME, SHOWN, Claim, Evidence, Subject, make_card, picture, read_card
 from .hub.export import INDEX, check_free, export, export_scheduler
 from .hub.publish import CLIENT_ERRORS, check_access, check_name, publish, reason, revision_of, without_secrets
@@ -79,9 +80,11 @@ def export_run(
         claims = [
             Claim(name, estimate.value, estimate.interval, estimate.n, measured.floor[name].value)
             for name, estimate in measured.metrics.items()
+            if name in measured.floor
         ]
         data_name = config.dataset_name or Path(str(config.train_data_dir)).name
-        evidence = Evidence(claims, data_name, measured.held_out, num_samples, measured.num_inference_steps, seed)
+        held_out, steps = len(measured.held_out), measured.num_inference_steps
+        evidence = Evidence(claims, data_name, held_out, num_samples, steps, seed, measured.features)
         shown = measured.samples[:SHOWN]
         picture(numpy_to_pil(shown.permute(0, 2, 3, 1).numpy())).save(folder / PICTURE_NAME)
         shareable = without_paths(config)
@@ -279,7 +282,10 @@ def verify_card(
             raise
         print(error)
         return False
-    measured = measure_pipeline(pipeline, config, stated.num_samples, stated.num_inference_steps, stated.seed)
+    kind = next((kind for kind in KINDS if stated.features.startswith(kind)), stated.features)
+    measured = measure_pipeline(pipeline, config, stated.num_samples, stated.num_inference_steps, stated.seed, kind)
+    if measured.features != stated.features:
+        raise UsageError(f"{repository}: its figures are on {stated.features}, and there is {measured.features} here")
     return compare(stated.claims, measured.metrics)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from accelerate.utils import set_seed
 from diffusers import AutoModel, DDPMPipeline, DiffusionPipeline, UNet2DModel
 
+from .checkup import after_training, before_training, tell
 from .errors import UsageError
 from .models.modeling_stacked_dae import StackedDenoisingAutoencoder
 from .models.modeling_vae import VariationalAutoencoder
@@ -20,7 +21,7 @@ from .schedulers.scheduling_edu_ddpm import EduDDPMScheduler
 from .training.configuration import TrainingConfig
 from .training.data import ImageData, load_data
 from .training.dry_run import describe
-from .training.launch import make_accelerator, one_first
+from .training.launch import make_accelerator, on_main, one_first
 from .training.objectives import DenoisingObjective, DiffusionObjective, Objective, VariationalObjective
 from .training.trainer import train
 
@@ -253,9 +254,15 @@ def train_rung(config: TrainingConfig) -> Any:
     if config.dry_run:
         accelerator.print(describe(objective, data, config, accelerator))
         return pipeline
-    steps = rung.num_inference_steps
-    sampling = {} if steps is None else {"num_inference_steps": min(steps, config.num_train_timesteps)}
-    train(pipeline, objective, data, held_out, config, accelerator, sampling)
+    steps = None if rung.num_inference_steps is None else min(rung.num_inference_steps, config.num_train_timesteps)
+    known = on_main(accelerator, lambda: before_training(pipeline, config, data))
+    if accelerator.is_main_process:
+        tell(known)
+    train(pipeline, objective, data, held_out, config, accelerator, {} if steps is None else {"num_inference_steps": steps})
+    found = on_main(accelerator, lambda: after_training(pipeline, held_out, num_inference_steps=steps))
+    names = {diagnosis.name for diagnosis in known}
+    if accelerator.is_main_process:
+        tell(diagnosis for diagnosis in found if diagnosis.name not in names)
     return pipeline
 
 

@@ -1,31 +1,33 @@
 """What is done with a run that has ended: load it, measure it, average its weights anew."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
+from .bounds import likelihoods, windows
+from .checkup import after_training
 from .errors import UsageError
-from .evaluation.likelihood import Bound, autoencoder_bound, diffusion_bound, latent_diffusion_bound, scaled, unconditional
-from .evaluation.metrics import Estimate, measure, memorised
+from .evaluation.estimates import Estimate
+from .evaluation.features import make_features
+from .evaluation.metrics import Reference
 from .evaluation.sampling import sample
 from .rungs import RUNGS
-from .schedulers.fitting import fit_variance
-from .story import as_json, steps_argument
 from .training.averages import synthesise
 from .training.checkpoints import write_pipeline
 from .training.configuration import CONFIG_NAME, TrainingConfig
 from .training.data import ImageData, load_data
+from .training.launch import check_processes, one_first
 from .training.trainer import batches_of
 
 FEWEST = 10  # samples that figures can be made of
-CODES = (1, 10, 100, 1000)  # of the bounds of a VAE
-STEPS = (10, 50)  # of the chains whose bounds are measured
+STREAMED = 1000  # images of a stream that stand for it
 
 
 @dataclass(frozen=True)
@@ -34,10 +36,10 @@ class Measurement:
 
     Args:
         samples: float32 (N, C, H, W) in [0, 1].
-        metrics: the figures of the samples.
-        floor: the same figures of as many of the images trained on, or of all of them.
-        memorised: the share of samples that lie suspiciously near to an image trained on.
-        held_out: the number of held-out images.
+        metrics: the figures of the samples; see [`metrics.Reference`].
+        floor: those of as many of the images trained on, or of all of them.
+        features: the name of what the figures are computed on.
+        train, held_out: the images.
         num_inference_steps: of the sampling; None where it has no meaning.
         seed: of the samples.
     """
@@ -45,122 +47,118 @@ class Measurement:
     samples: torch.Tensor
     metrics: dict[str, Estimate]
     floor: dict[str, Estimate]
-    memorised: Estimate
-    held_out: int
+    features: str
+    train: ImageData
+    held_out: ImageData
     num_inference_steps: int | None
     seed: int
 
 
 def measure_pipeline(
-    pipeline: Any, config: TrainingConfig, num_samples: int, num_inference_steps: int | None, seed: int
+    pipeline: Any,
+    config: TrainingConfig,
+    num_samples: int,
+    num_inference_steps: int | None,
+    seed: int,
+    features: str = "auto",
 ) -> Measurement:
-    """Measure a pipeline on the held-out part of the data of `config`.
+    """Measure a pipeline on the held-out part of the data of `config`; samples of a pipeline of classes have those of the data.
 
     Raises:
-        UsageError: too few samples, steps that the pipeline does not take, or data that cannot be read.
+        UsageError: too few samples, steps that the pipeline does not take, features or data that cannot be had.
     """
     if num_samples < FEWEST:
         raise UsageError(f"--num_samples {num_samples}: at least {FEWEST} are needed")
     replace(config, seed=seed).validate()  # what a training refuses as a seed, a measurement does
-    train, held_out = load_data(config)
+    train, held_out = one_first(PartialState(), lambda: load_data(config))
+    if config.streaming:
+        train = train.head(STREAMED)
     steps = RUNGS[config.rung].num_inference_steps
     if steps is not None:
         most = len(pipeline.scheduler) if "scheduler" in pipeline.components else None
         steps = min(steps, most or steps) if num_inference_steps is None else num_inference_steps
         if steps < 1 or (most is not None and steps > most):
             raise UsageError(f"--num_inference_steps {steps}: this pipeline takes 1 to {most or 'as many as it has stages'}")
-    samples = sample(pipeline, num_samples, seed, **steps_argument(steps))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    real = train.images[order[:num_samples]]
-    figures, floor = (measure(x.flatten(1), held_out.images.flatten(1), seed) for x in (samples, real))
-    near = memorised(*(x.flatten(1) for x in (samples, train.images, held_out.images)))
-    return Measurement(samples, figures, floor, near, len(held_out), steps, seed)
+    made = make_features(features, train.channels, train.resolution, str(pipeline.device))
+    reference = Reference(train, held_out, made, seed)
+    labels = None
+    unet = pipeline.components.get("unet")
+    if getattr(getattr(unet, "config", None), "num_class_embeds", None) is not None and held_out.labels is not None:
+        labels = held_out.labels[torch.arange(num_samples) % len(held_out)]
+    samples = sample(pipeline, num_samples, seed, labels=labels, **steps_argument(steps))
+    figures = reference.measure(samples, labels)
+    return Measurement(samples, figures, reference.floor(num_samples), made.name, train, held_out, steps, seed)
 
 
-def likelihood(
-    pipeline: Any, held_out: ImageData, scheduler: Any, steps: int = 50, codes: int = 1, seed: int = 0
-) -> Bound | None:
-    """The bound on -log p of the held-out images; None for a pipeline without a likelihood.
-
-    Args:
-        pipeline: of a VAE, of diffusion, or of both.
-        held_out: images that are explained.
-        scheduler: what `chain` made of the pipeline.
-        steps: K, of a diffusion.
-        codes: drawn for each image, of a VAE alone; see `autoencoder_bound`.
-        seed: of the draws.
-    """
-    vae, unet = (pipeline.components.get(name) for name in ("vae", "unet"))
-    bin_width = 2 / held_out.max_value
-    x = everything(held_out).to(pipeline.device)
-    std = None if vae is None else getattr(vae, "log_sigma_x", None)
-    if unet is None:
-        return None if std is None else autoencoder_bound(vae, x, std.exp().item(), bin_width, codes, seed)
-    if scheduler is None or (vae is not None and std is None):
-        return None
-    scheduler.set_timesteps(min(steps, len(scheduler)))
-    if std is None:
-        return diffusion_bound(unconditional(unet), scheduler, x, bin_width, seed=seed)
-    return latent_diffusion_bound(vae, unconditional(unet), scheduler, x, std.exp().item(), bin_width, seed=seed)
+def steps_argument(steps: int | None) -> dict[str, Any]:
+    return {} if steps is None else {"num_inference_steps": steps}
 
 
-def chain(pipeline: Any, train: ImageData, variance: str = "analytic", seed: int = 0) -> Any:
-    """The pipeline's scheduler with the variance of a `variance_type`, the analytic one fitted to images; None where it has no bound.
-
-    Its grid is spaced `trailing`: others end too near to the image for a step without a variance of its own.
-    """
-    scheduler = pipeline.components.get("scheduler")
-    if not hasattr(scheduler, "bound_term"):
-        return None
-    if variance != "analytic":
-        return scheduler.from_config(scheduler.config, variance_type=variance, timestep_spacing="trailing")
-    samples = everything(train).to(pipeline.device)
-    if (vae := pipeline.components.get("vae")) is not None:
-        with torch.no_grad():
-            samples = scaled(vae, vae.encode(samples).latent_dist.sample(torch.Generator().manual_seed(seed)))
-    fitted = fit_variance(pipeline, samples, seed=seed)
-    return fitted.from_config(fitted.config, timestep_spacing="trailing")
+def as_json(figures: dict[str, Estimate]) -> dict[str, Any]:
+    return {name: estimate.as_json() for name, estimate in figures.items()}
 
 
-def everything(data: ImageData) -> torch.Tensor:
-    """All images as the models see them, float32 (N, C, H, W) in [-1, 1]."""
-    return data.batch(list(range(len(data))))["images"]
+def evaluate_runs(
+    runs: Sequence[Path],
+    num_samples: int,
+    num_inference_steps: int | None,
+    seed: int,
+    features: str = "auto",
+    bounds: bool = False,
+) -> None:
+    """Measure saved runs on the held-out part of their data; print the figures as JSON, a line each, and of each run after the first by
+    how much its figures differ.
 
-
-def likelihoods(pipeline: Any, config: TrainingConfig, seed: int) -> Iterator[dict[str, Any]]:
-    """Every bound that a run has, each with how it was made, its parts, and its intervals."""
-    train, held_out = load_data(config)
-    variances = ["fixed_small", "fixed_large", "analytic", *([config.variance_type] if config.learns_variance else [])]
-    cases: list[tuple[dict[str, Any], Any]] = [({"codes": codes}, None) for codes in CODES]
-    if "unet" in pipeline.components:
-        chains = {variance: chain(pipeline, train, variance, seed) for variance in variances}
-        cases = [({"variance": name, "steps": steps}, each) for name, each in chains.items() for steps in STEPS]
-    for case, scheduler in cases:
-        sizes = {name: value for name, value in case.items() if name != "variance"}
-        bound = likelihood(pipeline, held_out, scheduler, seed=seed, **sizes)
-        if bound is not None:
-            parts = {name: bound.estimate(part).as_json() for name, part in bound.parts.items()}
-            yield {**case, "bits_per_dim": bound.bits_per_dim().as_json(), "nats": bound.estimate().as_json(), "parts": parts}
-
-
-def evaluate_run(run: Path, num_samples: int, num_inference_steps: int | None, seed: int, bounds: bool = False) -> None:
-    """Measure a saved run on the held-out part of its data; print the figures as JSON, a line each.
+    Under `accelerate launch`, the samples, features and bounds are shared out over the processes.
 
     Args:
-        run: its folder.
-        num_samples, num_inference_steps, seed: see `measure_pipeline`.
+        runs: their folders.
+        num_samples, num_inference_steps, seed, features: see `measure_pipeline`.
         bounds: measure the likelihood too.
 
     Raises:
-        UsageError: the folder holds no run.
+        UsageError: a folder holds no run, or the runs have not the same data.
     """
-    config = saved_configuration(run)
-    pipeline = load(str(run))
-    measured = measure_pipeline(pipeline, config, num_samples, num_inference_steps, seed)
-    for name, figures in (("samples", {**measured.metrics, "memorised": measured.memorised}), ("floor", measured.floor)):
-        print(json.dumps({name: as_json(figures)}), flush=True)
-    for found in likelihoods(pipeline, config, seed) if bounds else ():
-        print(json.dumps({"likelihood": found}), flush=True)
+    configs = [saved_configuration(run) for run in runs]
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    check_processes(state.num_processes)
+    if len(runs) > 1 and len({held_out_of(config).fingerprint() for config in configs}) > 1:
+        raise UsageError("the runs were trained on different data, and figures of different data cannot be compared")
+    first: Measurement | None = None
+    for run, config in zip(runs, configs, strict=True):
+        pipeline = load(str(run))
+        measured = measure_pipeline(pipeline, config, num_samples, num_inference_steps, seed, features)
+        for line in lines_of(str(run), pipeline, config, measured, first, bounds):
+            if state.is_main_process:
+                print(json.dumps(line), flush=True)
+        first = first or measured
+
+
+def held_out_of(config: TrainingConfig) -> ImageData:
+    return one_first(PartialState(), lambda: load_data(config))[1]
+
+
+def lines_of(
+    run: str, pipeline: Any, config: TrainingConfig, measured: Measurement, first: Measurement | None, bounds: bool
+) -> Iterator[dict[str, Any]]:
+    """What is printed of a run; `first` is the one that it is compared with."""
+    setting = {"num_samples": len(measured.samples), "num_inference_steps": measured.num_inference_steps, "seed": measured.seed}
+    yield {"run": run, **setting, "held_out": len(measured.held_out), "features": measured.features}
+    yield {"samples": as_json(measured.metrics)}
+    yield {"floor": as_json(measured.floor)}
+    if first is not None:
+        yield {"difference": as_json({name: value - first.metrics[name] for name, value in measured.metrics.items()})}
+    memorised, steps = measured.metrics["memorised"], measured.num_inference_steps
+    yield {"diagnoses": [each.as_json() for each in after_training(pipeline, measured.held_out, memorised, steps)]}
+    if bounds:
+        train, held_out, count = measured.train, measured.held_out, len(measured.samples)
+        for found in likelihoods(pipeline, config, train, held_out, measured.seed):
+            yield {"likelihood": found}
+        both = {"samples": measured.samples, "training_images": None}
+        estimates = {name: windows(of, train, held_out, count, measured.seed) for name, of in both.items()}
+        yield {
+            "parzen_bits_per_dim": {**as_json(estimates), "note": "no likelihood: see evaluation/parzen.py for what it misses"}
+        }
 
 
 def average_run(run: Path, output: Path, sigma_rel: float) -> None:
@@ -196,7 +194,7 @@ def saved_configuration(run: Path) -> TrainingConfig:
 
 
 def load(repository: str, **kwargs: Any) -> Any:
-    """A saved pipeline, on the accelerator where there is one; without a progress bar for the few files it has."""
+    """A saved pipeline, on this process's accelerator where there is one; without a progress bar for the few files it has."""
     disable_progress_bar()
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    device = PartialState(cpu=not torch.accelerator.is_available()).device
     return DiffusionPipeline.from_pretrained(repository, **kwargs).to(device)

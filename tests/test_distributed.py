@@ -301,3 +301,60 @@ def test_sharding_of_the_older_kind_is_refused(tmp_path):
     done = launch(TWO["torchrun"](free_port()), str(ROOT / "scripts" / "train.py"), *arguments, **sharded)
     assert done.returncode != 0
     assert "launch with --fsdp_version 2" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["torchrun", "accelerate"])
+def test_an_evaluation_shared_out_over_processes_finds_the_same(launcher, tmp_path):
+    run = str(tmp_path / "vae")
+    train = ["train", "--rung", "vae", "--dataset_name", "digits", "--max_train_steps", "3", "--output_dir", run]
+    launch([sys.executable, "-m", "diffusers_edu.cli"], *train, "--validation_steps", "0")
+    # An odd number, so that the processes do not have as much to do.
+    evaluate = ["scripts/evaluate.py", run, "--num_samples", "31"]
+    alone, shared = (
+        [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        for done in (launch([sys.executable], *evaluate), launch(TWO[launcher](free_port()), *evaluate))
+    )
+    assert [list(line) for line in shared] == [list(line) for line in alone]  # told once, by one of them
+    for name in ("samples", "floor"):
+        one, two = (next(line[name] for line in lines if name in line) for lines in (alone, shared))
+        assert one.keys() == two.keys()
+        for figure in one:
+            assert two[figure]["value"] == pytest.approx(one[figure]["value"], rel=1e-5, abs=1e-6), figure
+            assert two[figure]["n"] == one[figure]["n"]
+
+
+SHARED_BOUNDS = """
+import sys, torch
+from accelerate import PartialState
+from diffusers_edu import EduDDPMScheduler, VariationalAutoencoder
+from diffusers_edu.evaluation.likelihood import autoencoder_bound, diffusion_bound, latent_diffusion_bound
+state = PartialState(cpu=True)
+torch.manual_seed(0)
+images = torch.rand(7, 1, 8, 8) * 2 - 1
+vae = VariationalAutoencoder(block_out_channels=(8, 8), norm_num_groups=4, latent_channels=2).eval()
+scheduler = EduDDPMScheduler()
+scheduler.set_timesteps(4)
+model = lambda x_t, t: 0.5 * x_t
+bounds = [
+    autoencoder_bound(vae, images, 0.3, 0.125),
+    autoencoder_bound(vae, images, 0.3, 0.125, k=3),
+    diffusion_bound(model, scheduler, images, 0.125),
+    latent_diffusion_bound(vae, model, scheduler, images, 0.3, 0.125),
+]
+if state.is_main_process:
+    torch.save([[bound.nats, bound.terms] for bound in bounds], sys.argv[1])
+"""
+
+
+@pytest.mark.slow
+def test_bounds_shared_out_over_processes_are_the_same_image_by_image(tmp_path):
+    script = tmp_path / "bounds.py"
+    script.write_text(SHARED_BOUNDS)
+    for launcher, name in (([sys.executable], "one"), (TWO["torchrun"](free_port()), "two")):
+        done = launch(launcher, str(script), str(tmp_path / name))
+        assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / name) for name in ("one", "two"))
+    for mine, theirs in zip(one, two, strict=True):
+        assert (mine[0] - theirs[0]).abs().max() <= 1e-3
+        assert mine[1] is None or (mine[1] - theirs[1]).abs().max() <= 1e-3

@@ -3,6 +3,7 @@
 from itertools import combinations
 from types import SimpleNamespace
 
+import closed_forms
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
@@ -59,6 +60,23 @@ def test_the_fitted_variance_is_what_the_exact_model_cannot_know(second_half, tm
     assert abs(scheduler._get_variance(t) / (beta_tilde + root**2 * (1 - noise_power)) - 1) < 5 * noise
     scheduler.save_pretrained(tmp_path)
     assert EduDDPMScheduler.from_pretrained(tmp_path).config.prediction_errors == scheduler.config.prediction_errors
+
+
+@pytest.mark.parametrize("kind", ["mixture", "finite"])
+def test_the_fitted_variance_of_other_data_is_what_their_best_denoiser_cannot_know(kind):
+    data, alpha_bar = closed_forms.KINDS[kind], EduDDPMScheduler()._alpha_bar
+
+    class Denoiser(GaussianDenoiser):
+        def __call__(self, x, t):
+            at = alpha_bar[torch.as_tensor(t)].reshape(-1, 1, 1, 1)
+            epsilon = (x.double() - at.sqrt() * data.mean(x.double(), at)) / (1 - at).sqrt()
+            return SimpleNamespace(sample=epsilon.float())
+
+    pipe = SimpleNamespace(unet=Denoiser(), scheduler=EduDDPMScheduler(clip_sample=False))
+    scheduler = fit_variance(pipe, data.draw(5000).float(), per_timestep=50)
+    errors = torch.tensor(scheduler.config.prediction_errors).reshape(20, 50).mean(1)
+    exact = data.unknown(alpha_bar).reshape(20, 50).mean(1)
+    assert (errors - exact).abs().max() <= 0.02 * exact.max()
 
 
 def test_samples_inverted_come_back_and_their_noise_is_standard_normal():

@@ -1,6 +1,8 @@
 """The main job on a few steps: what it writes, and that the page stands alone."""
 
+import html
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -9,29 +11,35 @@ from html.parser import HTMLParser
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from markupsafe import escape
 
 import diffusers_edu  # noqa: F401  (registers)
 from diffusers_edu.cli import main
-from diffusers_edu.evaluation.metrics import Estimate
-from diffusers_edu.evaluation.pictures import decimal, slerp, stage_shares
+from diffusers_edu.evaluation.estimates import Estimate
+from diffusers_edu.evaluation.pictures import decimal, slerp
 from diffusers_edu.evaluation.report import number
-from diffusers_edu.evaluation.sampling import Step, initial_noise, sample, trace
+from diffusers_edu.evaluation.sampling import initial_noise, sample, trace
 from diffusers_edu.rungs import RUNGS
 
 ESTIMATES = (
     "frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "diversity", "two_sample_accuracy",
+    "train_on_synthetic", "parzen_bits_per_dim",
 )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def ladder(tmp_path_factory):
     output = tmp_path_factory.mktemp("ladder")
-    main(["ladder", str(output), "--max_train_steps", "3", "--num_samples", "32"])
+    main(["ladder", str(output), "--max_train_steps", "3", "--num_samples", "32", "--seeds", "2"])
     return output
 
 
-def test_the_results_hold_every_figure_of_every_rung_and_the_floor(ladder):
-    results = json.loads((ladder / "results.json").read_text())
+@pytest.fixture(scope="module")
+def results(ladder):
+    return json.loads((ladder / "results.json").read_text())
+
+
+def test_the_results_hold_every_figure_of_every_rung_and_the_floor(results):
     assert results["dataset"] == "digits"
     assert list(results["rungs"]) == list(RUNGS)
     for name, rung in results["rungs"].items():
@@ -41,24 +49,52 @@ def test_the_results_hold_every_figure_of_every_rung_and_the_floor(ladder):
         assert (rung["bits_per_dim"] is None) == name.endswith("dae")  # those have no likelihood
         if rung["bits_per_dim"] is not None:
             low, high = rung["bits_per_dim"]["interval"]
-            assert 0 < low < rung["bits_per_dim"]["value"] < high
+            assert low < rung["bits_per_dim"]["value"] < high
+            assert rung["bits_per_dim"]["value"] > 0
             assert rung["bits_per_dim"]["n"] == 540
     for holder in (*results["rungs"].values(), results["floor"]):
         for name in ESTIMATES:
             low, high = holder[name]["interval"]
             assert low <= holder[name]["value"] <= high
             assert holder[name]["n"] > 0
-    assert results["floor"]["frechet_distance"]["value"] == pytest.approx(0.073, abs=0.001)
+    # Samples are compared with as many real digits, never with more.
+    assert results["floor"]["frechet_distance"]["n"] == 32 == results["rungs"]["dae"]["frechet_distance"]["n"]
 
 
-def test_the_results_are_those_of_the_saved_pipelines(ladder):
+def test_figures_are_means_over_the_seeds_and_the_first_seeds_pipelines_lie_in_front(ladder, results):
+    assert results["seeds"] == [0, 1]
+    both = [results["by_seed"][seed]["vae"]["frechet_distance"]["value"] for seed in ("0", "1")]
+    assert both[0] != both[1]
+    assert results["rungs"]["vae"]["frechet_distance"]["value"] == pytest.approx(sum(both) / 2)
+    for folder in (ladder, ladder / "seed-1"):
+        assert all((folder / name / "model_index.json").exists() for name in RUNGS)
+
+
+def test_every_claim_has_a_verdict_that_follows_from_its_figures(ladder, results):
+    assert list(results["claims"]) == list(RUNGS)
+    words = {"supported", "not supported", "undecided"}
+    text = (ladder / "report.html").read_text()
+    for claims in results["claims"].values():
+        for claim in claims:
+            verdicts = {finding["verdict"] for finding in claim["findings"]}
+            assert claim["verdict"] in words and verdicts <= words
+            assert (claim["verdict"] == "supported") == (verdicts == {"supported"})
+            assert (claim["verdict"] == "not supported") == ("not supported" in verdicts)
+            assert str(escape(claim["claim"])) in text
+    # After three steps nothing is sharp; but a sample's cost does not depend on what was learned.
+    assert results["claims"]["latent_diffusion"][3]["verdict"] == "supported"
+    assert results["claims"]["ddpm"][0]["verdict"] != "supported"
+
+
+def test_the_results_are_those_of_the_saved_pipelines(ladder, results):
     from diffusers_edu.evaluation.metrics import measure
     from diffusers_edu.training.data import load_digits
 
-    results = json.loads((ladder / "results.json").read_text())
     samples = sample(DiffusionPipeline.from_pretrained(ladder / "vae"), 32)
     again = measure(samples.flatten(1), load_digits()[1].images.flatten(1))
-    assert again["frechet_distance"].value == pytest.approx(results["rungs"]["vae"]["frechet_distance"]["value"], rel=1e-5)
+    assert again["frechet_distance"].value == pytest.approx(
+        results["by_seed"]["0"]["vae"]["frechet_distance"]["value"], rel=1e-5
+    )
 
 
 class Page(HTMLParser):
@@ -92,46 +128,55 @@ MOVE = """<script>
 window.addEventListener("load", () => {
   const sliders = [...document.querySelectorAll(".slider")];
   const shown = slider => [...slider.querySelectorAll("figure")].filter(figure => figure.offsetParent !== null);
+  const move = (input, value) => { input.value = value; input.dispatchEvent(new Event("input")); };
   const seen = sliders.map(slider => {
-    const input = slider.querySelector("input"), states = [];
-    for (const value of [0, Number(input.max), 1]) {
-      input.value = value;
-      input.dispatchEvent(new Event("input"));
+    const input = slider.querySelector("input");
+    return [0, Number(input.max), 1].map(value => {
+      move(input, value);
       const figures = shown(slider);
-      states.push([figures.length, figures[0].querySelector("img").src, input.getAttribute("aria-valuetext")]);
-    }
+      return [figures.length, figures[0].querySelector("img").src, input.getAttribute("aria-valuetext")];
+    });
+  });
+  const charts = [...document.querySelectorAll(".readout")].map(chart => {
+    const input = chart.querySelector("input"), output = chart.querySelector("output"), states = [];
+    const note = () => states.push([chart.querySelectorAll(".read").length, output.textContent, Number(input.value)]);
+    for (const value of [0, Number(input.max)]) { move(input, value); note(); }
+    chart.scrollIntoView();
+    const box = chart.querySelector('[data-bar="1"]').getBoundingClientRect();
+    const at = { clientX: box.left + box.width / 2, clientY: box.top, bubbles: true };
+    chart.querySelector("svg").dispatchEvent(new PointerEvent("pointermove", at));
+    note();
     return states;
   });
   const width = [document.documentElement.scrollWidth, window.innerWidth];
-  document.body.textContent = JSON.stringify({ seen, width });
+  document.body.textContent = JSON.stringify({ seen, charts, width });
 });
 </script></body>"""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="there is no Chromium")
-def test_in_a_browser_the_sliders_move_and_the_page_fits_a_phone(ladder, tmp_path):
+def test_in_a_browser_the_sliders_move_the_charts_are_read_and_the_page_fits_a_phone(ladder, tmp_path):
     page = tmp_path / "page.html"
     page.write_text((ladder / "report.html").read_text().replace("</body>", MOVE))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--enable-logging=stderr"]
     flags += [f"--user-data-dir={tmp_path}/profile", "--window-size=500,900", "--dump-dom", page.as_uri()]
     run = subprocess.run([BROWSER, *flags], capture_output=True, text=True, timeout=120)
     assert "CONSOLE" not in run.stderr
-    found = json.loads(re.search(r'\{"seen.*\}', run.stdout).group())
+    found = json.loads(html.unescape(re.search(r'\{"seen.*\}', run.stdout).group()))
     assert len(found["seen"]) == 5  # the forward process, the two stacks, diffusion and latent diffusion
     for states in found["seen"]:
         assert [count for count, _, _ in states] == [1, 1, 1]
         pictures, labels = {picture for _, picture, _ in states}, {label for _, _, label in states}
         assert len(pictures) >= 2  # the last frames of a collapsed stack may be alike
         assert len(labels) == 3
+    assert len(found["charts"]) == 4  # the stages of two stacks, what those of one are fed, and the bound
+    for states in found["charts"]:
+        assert [count for count, _, _ in states] == [1, 1, 1]
+        assert len({text for _, text, _ in states}) == 3
+        assert [value for _, _, value in states][::2] == [0, 1]  # the last by the pointer
     width, window = found["width"]
     assert width <= window
-
-
-def test_the_verdicts_follow_the_measurements(ladder):
-    text = (ladder / "report.html").read_text()
-    assert "Not supported in this run." in text  # after three steps the noisy stack cannot have regained its diversity
-    assert "Supported." in text  # a one-shot denoiser has none however little it is trained
 
 
 def test_a_second_ladder_with_other_settings_is_refused_and_changes_nothing(ladder, capsys):
@@ -146,8 +191,56 @@ def test_a_second_ladder_with_other_settings_is_refused_and_changes_nothing(ladd
 def test_evaluate_prints_the_figures_of_a_run_and_its_floor(ladder, capsys):
     main(["evaluate", str(ladder / "latent_diffusion"), "--num_samples", "20", "--num_inference_steps", "2"])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert [list(line) for line in printed] == [["samples"], ["floor"]]
-    assert printed[0]["samples"]["frechet_distance"]["n"] == 20
+    about, *found = printed
+    assert (about["num_samples"], about["num_inference_steps"], about["held_out"], about["features"]) == (20, 2, 540, "pixels")
+    assert [list(line) for line in found] == [["samples"], ["floor"], ["diagnoses"]]
+    assert found[0]["samples"]["frechet_distance"]["n"] == found[1]["floor"]["frechet_distance"]["n"] == 20
+
+
+@pytest.mark.slow
+def test_evaluate_prints_the_bounds_and_by_how_much_runs_differ(ladder, capsys, monkeypatch):
+    monkeypatch.setattr("diffusers_edu.bounds.CODES", (1, 5, 25))  # 1,000 take their time
+    main(["evaluate", *(str(ladder / name) for name in ("vae", "noisy_stacked_dae")), "--num_samples", "20", "--likelihood"])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    bounds = [line["likelihood"] for line in printed if "likelihood" in line]
+    assert [bound["codes"] for bound in bounds] == [1, 5, 25]
+    values = [bound["bits_per_dim"]["value"] for bound in bounds]
+    assert values == sorted(values, reverse=True)  # more codes, a tighter bound
+    assert bounds[0]["nats"]["value"] == pytest.approx(values[0] * 64 * math.log(2))
+    assert bounds[0]["parts"].keys() == {"reconstruction", "kl"}
+    parzen = [line["parzen_bits_per_dim"] for line in printed if "parzen_bits_per_dim" in line]
+    assert len(parzen) == 2 and all("training_images" in line and "no likelihood" in line["note"] for line in parzen)
+    first, second = (line["samples"] for line in printed if "samples" in line)
+    (difference,) = (line["difference"] for line in printed if "difference" in line)
+    name = "frechet_distance"
+    assert difference[name]["value"] == pytest.approx(second[name]["value"] - first[name]["value"])
+
+
+@pytest.mark.slow
+def test_evaluate_tells_where_in_time_a_diffusions_bound_comes_from(ladder, capsys):
+    main(["evaluate", str(ladder / "latent_diffusion"), "--num_samples", "10", "--num_inference_steps", "1", "--likelihood"])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    bounds = [line["likelihood"] for line in printed if "likelihood" in line]
+    assert {(bound["variance"], bound["steps"]) for bound in bounds} == {
+        (variance, steps) for variance in ("fixed_small", "fixed_large", "analytic") for steps in (10, 50)
+    }
+    for bound in bounds:
+        assert len(bound["timesteps"]) == len(bound["denoising_loss_by_timestep"]) == bound["steps"]
+        assert sum(part["value"] for part in bound["parts"].values()) == pytest.approx(bound["nats"]["value"])
+
+
+def test_evaluate_refuses_to_compare_runs_on_different_data(ladder, tmp_path, capsys):
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i in range(20):
+        Image.effect_noise((8, 8), 50 + i).save(tmp_path / "images" / f"{i}.png")
+    flags = ["--train_data_dir", str(tmp_path / "images"), "--max_train_steps", "1", "--output_dir", str(tmp_path / "other")]
+    main(["train", "--rung", "dae", *flags])
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", str(ladder / "dae"), str(tmp_path / "other"), "--num_samples", "16"])
+    assert stop.value.code == 2
+    assert "figures of different data cannot be compared" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["ladder", "evaluate"])
@@ -179,15 +272,6 @@ def test_samples_do_not_depend_on_the_batch_they_are_drawn_in(ladder):
     pipeline = DiffusionPipeline.from_pretrained(ladder / "ddpm")
     at_once, apart = (sample(pipeline, 6, seed=1, batch_size=size, num_inference_steps=3) for size in (6, 2))
     assert (at_once - apart).abs().max() < 1e-5
-
-
-def test_shares_of_the_change_add_up_and_diversity_is_relative_to_the_data():
-    start = torch.randn(500, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 10
-    steps = [Step(2, start / 10), Step(1, start / 20)]
-    shares = stage_shares(steps, start, data_std=0.5)
-    assert shares.change == pytest.approx([0.9 / 0.95, 0.05 / 0.95], rel=1e-5)
-    assert shares.diversity == pytest.approx([2.0, 1.0], rel=0.02)
-    assert shares.levels == [2, 1]
 
 
 def test_spherical_interpolation_keeps_the_ends_and_the_norm():

@@ -3,6 +3,7 @@
 import math
 from types import SimpleNamespace
 
+import closed_forms
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, MultivariateNormal, Normal
@@ -15,7 +16,9 @@ from diffusers_edu.evaluation.likelihood import (
     log_likelihood,
     unconditional,
 )
+from diffusers_edu.evaluation.parzen import negative_log_density, parzen
 from diffusers_edu.models.modeling_vae import GaussianPosterior
+from diffusers_edu.schedulers.scheduling_edu_ddpm import BETA_SCHEDULES, PREDICTION_TYPES, VARIANCE_TYPES
 
 STD = 0.4
 
@@ -43,16 +46,16 @@ def gaussian_mean(x_t, alpha_bar):
     return alpha_bar.sqrt() * STD**2 * x_t / (alpha_bar * STD**2 + 1 - alpha_bar)
 
 
-def closed_form(scheduler, second_half=None):
-    """Every term of the bound of a dimension of N(0, STD^2) under the exact denoiser: L_T, and the terms by timestep."""
+def closed_form(scheduler, data, second_half=None):
+    """Every term of the bound of a pixel of `data` under the exact denoiser, L_T and those by timestep: they depend on the data by what
+    the denoiser cannot know of x_0 alone, and L_T by its power."""
     alpha_bar = scheduler._alpha_bar
     first = alpha_bar[scheduler.timesteps[0]]
-    prior = 0.5 * (first * (STD**2 - 1) - torch.log1p(-first))
+    prior = 0.5 * (first * (data.power - 1) - torch.log1p(-first))
     grid, terms = [*scheduler.timesteps.tolist(), None], []
-    for t, s in zip(grid, grid[1:], strict=False):
+    for (t, s), unknown in zip(zip(grid, grid[1:], strict=False), data.unknown(alpha_bar[scheduler.timesteps]), strict=True):
         a_t, a_s = alpha_bar[t], torch.ones((), dtype=torch.float64) if s is None else alpha_bar[s]
-        alpha, unknown = a_t / a_s, STD**2 * (1 - a_t) / (a_t * STD**2 + 1 - a_t)  # Var(x_0 | x_t)
-        beta, beta_tilde = 1 - alpha, (1 - a_s) / (1 - a_t) * (1 - alpha)
+        beta, beta_tilde = 1 - a_t / a_s, (1 - a_s) / (1 - a_t) * (1 - a_t / a_s)
         weight = a_s.sqrt() * beta / (1 - a_t)  # of x_0 in the posterior mean
         x = torch.zeros(1, 1, 1, 1, dtype=torch.float64)
         output = x if second_half is None else torch.cat([x, torch.full_like(x, second_half)], 1)
@@ -64,23 +67,27 @@ def closed_form(scheduler, second_half=None):
     return prior, torch.stack(terms)
 
 
-@pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range", "analytic"])
-@pytest.mark.parametrize("prediction", ["epsilon", "sample", "v_prediction"])
-@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid", "laplace"])
-def test_every_term_is_its_closed_form(schedule, prediction, variance):
+LEARNED = {"learned": 0.02, "learned_range": 0.3}  # what the second half of the channels says
+
+
+@pytest.mark.parametrize("variance", [*VARIANCE_TYPES])
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+@pytest.mark.parametrize("schedule", BETA_SCHEDULES)
+@pytest.mark.parametrize("kind", closed_forms.KINDS)
+def test_every_term_is_its_closed_form(kind, schedule, prediction, variance):
+    data, half = closed_forms.KINDS[kind], LEARNED.get(variance)
     config = {"beta_schedule": schedule, "prediction_type": prediction, "variance_type": variance, "clip_sample": False}
     scheduler = EduDDPMScheduler(**config, prediction_errors=[0.02 + 0.1 * t / 1000 for t in range(1000)])
     scheduler.set_timesteps(8)
-    half = 0.3 if variance == "learned_range" else None
-    x_0 = gaussian(1500)
+    x_0 = data.draw(1000)
     # The schedules that end far from noise (linear betas are meant for it) have a prior term worth looking at too.
-    found = diffusion_bound(Exact(scheduler, gaussian_mean, half), scheduler, x_0, None, batch_size=1500)
-    prior, terms = closed_form(scheduler, half)
+    found = diffusion_bound(Exact(scheduler, data.mean, half), scheduler, x_0, None, batch_size=1000)
+    prior, terms = closed_form(scheduler, data, half)
     for value, expected in [(found.parts["prior"], prior), *zip(found.terms, terms, strict=True)]:
-        error = value.std() / len(value) ** 0.5
-        assert abs(value.mean() - 16 * expected) <= 4.5 * error + 1e-5 * abs(16 * expected) + 1e-6
+        error, scale = value.std() / len(value) ** 0.5, abs(16 * expected)
+        assert abs(value.mean() - 16 * expected) <= 4.5 * error + 1e-5 * scale + 1e-6
     assert found.timesteps == scheduler.timesteps.tolist()
-    assert (found.nats - found.parts["prior"] - found.terms.sum(0)).abs().max() <= 1e-9
+    assert (found.nats - found.parts["prior"] - found.terms.sum(0)).abs().max() <= 1e-9 * found.nats.abs().max()
 
 
 def unknown_share(scheduler):
@@ -321,3 +328,38 @@ def test_a_model_of_classes_is_asked_without_one():
 
     x = torch.ones(2, 1, 2, 2)
     assert torch.equal(unconditional(UNet())(x, torch.tensor([1, 1])), x)
+
+
+def test_what_is_told_by_timestep_is_the_bound_and_its_code():
+    scheduler = EduDDPMScheduler(beta_schedule="squaredcos_cap_v2", clip_sample=False)
+    scheduler.set_timesteps(6)
+    found = diffusion_bound(Exact(scheduler, gaussian_mean), scheduler, gaussian(300), None)
+    told = found.by_timestep()
+    assert told["timesteps"] == scheduler.timesteps.tolist()
+    prior = found.parts["prior"].mean().item() / 16 / math.log(2)
+    assert sum(told["bits_per_dim_by_timestep"]) + prior == pytest.approx(found.bits_per_dim().value)
+    assert told["denoising_loss_by_timestep"] == pytest.approx([value**2 for value in told["distortion_by_timestep"]])
+    unknown = closed_forms.GAUSSIAN.unknown(scheduler._alpha_bar[scheduler.timesteps])
+    assert told["denoising_loss_by_timestep"] == pytest.approx(unknown.tolist(), rel=0.1)
+    vae = LinearVAE()
+    assert autoencoder_bound(vae, vae.data(3), vae.sigma_x, None).by_timestep() == {}
+
+
+def test_parzen_windows_are_a_distribution_over_all_images():
+    levels = torch.linspace(-1, 1, 5)
+    every = torch.cartesian_prod(levels, levels, levels).reshape(-1, 1, 1, 3)
+    samples = torch.rand(20, 1, 1, 3) * 2 - 1
+    for sigma in (0.05, 0.4):
+        assert negative_log_density(samples, every, sigma, 0.5).neg().exp().sum() == pytest.approx(1, abs=1e-9)
+    one = negative_log_density(samples[:1], every, 0.4, 0.5)
+    assert (one + log_likelihood(every, samples[:1].expand_as(every), 0.4, 0.5)).abs().max() <= 1e-9
+
+
+def test_parzen_windows_are_as_wide_as_suits_the_tuning_images_and_may_prefer_one_mean_image_to_the_data_itself():
+    data = closed_forms.MIXTURE.draw(700).clamp(-1, 1).mul(8).round().div(8)
+    nats, sigma = parzen(data[:300], data[300:400], data[400:], 0.125)
+    near, far = (negative_log_density(data[:300], data[300:400], sigma * by, 0.125).mean() for by in (1.15, 1 / 1.15))
+    best = negative_log_density(data[:300], data[300:400], sigma, 0.125).mean()
+    assert best < near and best < far
+    other, _ = parzen(data[:300].mean(0, keepdim=True).expand(300, -1, -1, -1), data[300:400], data[400:], 0.125)
+    assert other.mean() < nats.mean()  # why they are to be mistrusted

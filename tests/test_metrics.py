@@ -1,14 +1,17 @@
 """The figures against closed forms and cases whose answer is known."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffusers_edu.evaluation.claims import sharpness
+from diffusers_edu.evaluation.experiments import sharpness
 from diffusers_edu.evaluation.metrics import (
-    Features,
+    Precomputed,
+    Reference,
     density_coverage,
     diversity,
     frechet_distance,
@@ -16,6 +19,7 @@ from diffusers_edu.evaluation.metrics import (
     measure,
     memorised,
     precision_recall,
+    some,
     two_sample_accuracy,
 )
 from diffusers_edu.training.data import load_digits
@@ -36,7 +40,7 @@ def test_frechet_distance_is_its_formula():
 @pytest.mark.parametrize("d", [16, 300])  # fewer and more features than images
 def test_frechet_distance_is_that_of_torchmetrics(d):
     x, y = normal(120, d, scale=1.5), normal(90, d, seed=1, shift=0.3)
-    metric = FrechetInceptionDistance(Features(d))
+    metric = FrechetInceptionDistance(Precomputed(d))
     metric.update(x, real=False)
     metric.update(y, real=True)
     assert frechet_distance(x, y, resamples=2).value == pytest.approx(metric.compute().item(), rel=1e-4)
@@ -129,8 +133,8 @@ def test_diversity_is_the_ratio_of_standard_deviations():
 def test_sharpness_falls_with_blur():
     x = normal(20, 64).reshape(20, 1, 8, 8)
     blurred = torch.nn.functional.avg_pool2d(x, 3, stride=1, padding=1)
-    assert sharpness(x, x) == 1
-    assert sharpness(blurred, x) < 0.5
+    assert sharpness(x, x).value == pytest.approx(1)
+    assert sharpness(blurred, x).value < 0.5
 
 
 def test_shapes_that_do_not_fit_and_values_that_are_not_finite_are_refused():
@@ -138,3 +142,60 @@ def test_shapes_that_do_not_fit_and_values_that_are_not_finite_are_refused():
         measure(normal(20, 4), normal(20, 5))
     with pytest.raises(ValueError, match="not finite"):
         measure(normal(20) * float("nan"), normal(20))
+
+
+def images(count, seed, classes=3):
+    """Images of classes that differ in their brightness, with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(classes, (count,), generator=generator)
+    pixels = (labels.reshape(-1, 1, 1, 1) + torch.rand((count, 1, 4, 4), generator=generator)) / classes
+    return SimpleNamespace(images=pixels, labels=labels)
+
+
+def flat(x):
+    return x.flatten(1)
+
+
+def test_a_classifier_learns_from_good_samples_what_it_learns_from_data():
+    train, held_out, samples = images(300, 0), images(200, 1), images(300, 2)
+    reference = Reference(train, held_out, flat)
+    floor = reference.floor(300)["train_on_synthetic"]
+    labelled = reference.measure(samples.images, samples.labels)["train_on_synthetic"]
+    judged = reference.measure(samples.images)["train_on_synthetic"]
+    assert floor.value > 0.95 and labelled.value > 0.95 and judged.value > 0.95
+    assert floor.n == labelled.n == judged.n == 200
+    # Labels that have nothing to do with the image teach nothing.
+    shuffled = samples.labels[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
+    assert reference.measure(samples.images, shuffled)["train_on_synthetic"].value < 0.6
+
+
+def test_samples_of_one_class_teach_that_class():
+    train, held_out = images(300, 0), images(200, 1)
+    one = train.images[train.labels == 1][:50]
+    found = Reference(train, held_out, flat).measure(one)["train_on_synthetic"]
+    assert found.value == pytest.approx((held_out.labels == 1).double().mean().item())
+
+
+def test_without_classes_no_classifier_is_taught():
+    train, held_out = (SimpleNamespace(images=images(60, seed).images, labels=None) for seed in (0, 1))
+    reference = Reference(train, held_out, flat)
+    assert "train_on_synthetic" not in reference.measure(images(50, 2).images)
+    assert "train_on_synthetic" not in reference.floor(50)
+
+
+def test_the_floor_is_of_as_many_images_as_there_are_samples():
+    reference = Reference(images(300, 0), images(200, 1), flat)
+    assert reference.floor(120)["frechet_distance"].n == 120
+    assert reference.floor(1000)["frechet_distance"].n == 300  # all there are; which cannot be compared with 1,000 samples
+    with pytest.raises(ValueError, match="cannot be compared"):
+        reference.measure(images(1000, 2).images)["frechet_distance"] - reference.floor(1000)["frechet_distance"]
+
+
+def test_of_many_images_the_same_ten_thousand_are_taken(monkeypatch):
+    monkeypatch.setattr("diffusers_edu.evaluation.metrics.MOST", 50)
+    data = images(300, 0)
+    (first, labels), (again, _) = some(data), some(data)
+    assert len(first) == len(labels) == 50
+    assert torch.equal(first, again)
+    index = (data.images.flatten(1) == first[7].flatten()).all(1).nonzero().item()
+    assert data.labels[index] == labels[7]

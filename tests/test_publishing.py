@@ -53,6 +53,7 @@ def test_the_card_holds_the_evidence(exported):
     by_name = {metric["type"]: metric for metric in result["metrics"]}
     assert by_name.keys() == {
         "frechet_distance", "kernel_distance", "precision", "recall", "density", "coverage", "diversity", "two_sample_accuracy",
+        "train_on_synthetic",
     }  # fmt: skip
     for metric in by_name.values():
         low, high = metric["args"]["interval"]

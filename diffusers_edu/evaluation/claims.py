@@ -1,100 +1,287 @@
-"""The claims of the ladder's story, each held against what was measured."""
+"""The claims of the ladder's story, each a statement about figures that can turn out otherwise.
 
-from dataclasses import dataclass
+A claim rests on inequalities, each of one figure. It is `supported` where the whole interval of every figure lies on the side that it
+says, `not supported` where that of one lies wholly on the other side, and else `undecided`: more samples, or more seeds, would tell.
+"""
 
-import torch
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from .metrics import Estimate
-from .pictures import StageShares
+from .estimates import Estimate, over_seeds
 
-COLLAPSED = 0.1  # of the data's diversity, and less, is a collapse
-NEAR = 0.05  # of the grey range, root mean square, and less, is the same image to the eye
+SUPPORTED, NOT_SUPPORTED, UNDECIDED = "supported", "not supported", "undecided"
+
+Run = Mapping[str, Mapping[str, Estimate]]  # of one seed: rung -> figure -> estimate
+
+
+@dataclass(frozen=True)
+class Check:
+    """An inequality: the figure lies between `above` and `below`."""
+
+    what: str
+    figure: Callable[[Run], Estimate]
+    above: float = -math.inf
+    below: float = math.inf
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A statement, what it rests on, and why it should be so."""
+
+    statement: str
+    checks: Sequence[Check]
+    why: str
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A check's figure over all runs, what was asked of it, and the verdict."""
+
+    what: str
+    estimate: Estimate
+    asked: str
+    verdict: str
+
+    def as_json(self) -> dict:
+        return {"what": self.what, **self.estimate.as_json(), "asked": self.asked, "verdict": self.verdict}
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A claim, whether the measurements support it, the measurements in a sentence, and why, where they do."""
+    """A claim held against the measurements of one or more runs."""
 
-    claim: str
-    supported: bool
-    measured: str
+    statement: str
     why: str
+    findings: list[Finding] = field(default_factory=list)
+
+    @property
+    def word(self) -> str:
+        words = [finding.verdict for finding in self.findings]
+        return next((word for word in (NOT_SUPPORTED, UNDECIDED) if word in words), SUPPORTED)
+
+    def as_json(self) -> dict:
+        return {"claim": self.statement, "verdict": self.word, "findings": [finding.as_json() for finding in self.findings]}
 
 
-def sharpness(images: torch.Tensor, reference: torch.Tensor) -> float:
-    """The mean absolute difference of neighbouring pixels, over that of the reference: 1 as sharp as data, less is blur.
-
-    Both (N, C, H, W). A collapsed model's figure says how sharp its one image is.
-    """
-
-    def contrast(x: torch.Tensor) -> float:
-        return (x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean()).item()
-
-    return contrast(images) / contrast(reference)
+def judge(claims: Sequence[Claim], runs: Sequence[Run]) -> list[Verdict]:
+    """Hold claims against runs that differ in their seed alone. Figures are formed run by run, so that what runs share cancels."""
+    return [
+        Verdict(
+            claim.statement, claim.why, [find(check, over_seeds([check.figure(run) for run in runs])) for check in claim.checks]
+        )
+        for claim in claims
+    ]
 
 
-def judge_dae(metrics: dict[str, Estimate], distance_to_mean: float) -> Verdict:
-    diversity = metrics["diversity"].value
-    return Verdict(
-        "From pure noise, the best guess at the image is the mean of all images: every sample is the same.",
-        diversity <= COLLAPSED and distance_to_mean <= NEAR,
-        f"The samples have {diversity:.1%} of the data's diversity. Their average is {distance_to_mean:.3f} (root mean square, grey "
-        "range 1) from the mean training digit.",
-        "Squared error is least at the mean, and pure noise does not tell which digit it was.",
-    )
+def find(check: Check, estimate: Estimate) -> Finding:
+    low, high = estimate.interval
+    if check.above < low and high < check.below:
+        verdict = SUPPORTED
+    else:
+        verdict = NOT_SUPPORTED if high <= check.above or low >= check.below else UNDECIDED
+    bounds = [f"above {check.above:g}"] if check.above > -math.inf else []
+    bounds += [f"below {check.below:g}"] if check.below < math.inf else []
+    return Finding(check.what, estimate, " and ".join(bounds), verdict)
 
 
-def judge_stacked(metrics: dict[str, Estimate], shares: StageShares) -> Verdict:
-    diversity, first, left = metrics["diversity"].value, shares.change[0], shares.diversity[0]
-    return Verdict(
-        "Without fresh noise the first stage takes all the randomness away, and the later ones have nothing left to do.",
-        diversity <= COLLAPSED and left <= COLLAPSED and first >= 0.9,
-        f"After the first stage {left:.1%} of the data's diversity is left, at the end {diversity:.1%}. The first stage makes "
-        f"{first:.1%} of all the change, the other {len(shares.change) - 1} together {1 - first:.1%}.",
-        "What it returns from pure noise is the mean image; the stages after it were trained on that, and hand it on.",
-    )
+def figure(rung: str, name: str) -> Callable[[Run], Estimate]:
+    return lambda run: run[rung][name]
 
 
-def judge_noisy(metrics: dict[str, Estimate], before: dict[str, Estimate], sharp: float) -> Verdict:
-    diversity, distance = metrics["diversity"].value, metrics["frechet_distance"].value
-    diversity_before, distance_before = before["diversity"].value, before["frechet_distance"].value
-    return Verdict(
-        "Fresh noise at every stage restores diversity; the images are blurry.",
-        diversity >= 0.5 and distance < distance_before and sharp < 1,
-        f"Diversity is {diversity:.0%} of the data's (the rung before: {diversity_before:.1%}), the Fréchet distance {distance:.2f} "
-        f"({distance_before:.2f}). Neighbouring pixels differ {sharp:.0%} as much as in real digits.",
-        "Fresh noise lets each stage choose anew, but what it returns is still an average over the digits that its input allows.",
-    )
+def gain(rung: str, *before: str, name: str = "frechet_distance") -> Callable[[Run], Estimate]:
+    """By how much a rung is lower than the best of others."""
+    return lambda run: min((run[other][name] for other in before), key=lambda e: e.value) - run[rung][name]
 
 
-def judge_vae(metrics: dict[str, Estimate], before: dict[str, Estimate], of_codes: float, sharp: float) -> Verdict:
-    distance, distance_before = metrics["frechet_distance"].value, before["frechet_distance"].value
-    return Verdict(
-        "Codes drawn from N(0, I) decode to digits, in one step; they are blurred, and some fall into holes of the prior.",
-        distance < distance_before and of_codes < distance and sharp < 1,
-        f"Fréchet distance {distance:.2f}, against {distance_before:.2f} for the rung before. Codes of training digits, decoded, "
-        f"reach {of_codes:.2f}. Sharpness is {sharp:.0%} of the data's.",
-        "The decoder can do better than its prior lets it: the difference is the price of the holes, where no digit's code lies.",
-    )
+BEFORE_DIFFUSION = ("dae", "stacked_dae", "noisy_stacked_dae", "vae")
 
-
-def judge_ddpm(metrics: dict[str, Estimate], earlier: list[dict[str, Estimate]], floor: float, sharp: float) -> Verdict:
-    diversity, distance = metrics["diversity"].value, metrics["frechet_distance"].value
-    best_before = min(m["frechet_distance"].value for m in earlier)
-    return Verdict(
-        "One network for all noise levels, and small Gaussian steps: sharp and diverse.",
-        distance < best_before and diversity >= 0.9 and 0.9 <= sharp <= 1.1,
-        f"Fréchet distance {distance:.3f}; the best rung before has {best_before:.3f}, real digits among themselves {floor:.3f}. "
-        f"Diversity is {diversity:.0%}, sharpness {sharp:.0%} of the data's.",
-        "A small step back is nearly Gaussian: its mean is all there is to learn, and its noise keeps the choice open.",
-    )
-
-
-def judge_latent(metrics: dict[str, Estimate], prior: dict[str, Estimate]) -> Verdict:
-    distance, before = metrics["frechet_distance"].value, prior["frechet_distance"].value
-    return Verdict(
-        "Through the same decoder, learned codes are better than codes from N(0, I).",
-        distance <= 0.5 * before,
-        f"Fréchet distance {distance:.3f} against {before:.3f} for the VAE's own prior, {distance / before:.2f} of it.",
-        "The decoder is the same, so the difference is the prior's: the diffusion has learned where the codes of digits lie.",
-    )
+CLAIMS: dict[str, list[Claim]] = {
+    "dae": [
+        Claim(
+            "From pure noise, removing all the noise at once returns the mean image: every sample is the same.",
+            [
+                Check("diversity of the samples (data: 1)", figure("dae", "diversity"), below=0.1),
+                Check("distance of a sample to the mean training digit (grey range 1)", figure("dae", "from_mean"), below=0.05),
+            ],
+            "Squared error is least at the mean, and pure noise does not tell which digit it was.",
+        )
+    ],
+    "stacked_dae": [
+        Claim(
+            "Without fresh noise, the first stage takes all the randomness away.",
+            [
+                Check("diversity after the first stage (data: 1)", figure("stacked_dae", "diversity_after_first"), below=0.1),
+                Check("diversity of the samples (data: 1)", figure("stacked_dae", "diversity"), below=0.1),
+            ],
+            "What it returns from pure noise is the mean image.",
+        ),
+        Claim(
+            "The later stages have nothing left to do.",
+            [
+                Check("share of the change made by all later stages", figure("stacked_dae", "later_change"), below=0.1),
+                Check("the largest share of one of them", figure("stacked_dae", "largest_later_change"), below=0.05),
+            ],
+            "They were trained on what the first stage returns, and hand it on.",
+        ),
+    ],
+    "noisy_stacked_dae": [
+        Claim(
+            "Fresh noise at every stage restores diversity.",
+            [
+                Check("diversity of the samples (data: 1)", figure("noisy_stacked_dae", "diversity"), above=0.5),
+                Check("Fréchet distance gained on the rung before", gain("noisy_stacked_dae", "stacked_dae"), above=0),
+            ],
+            "With new noise, each stage chooses anew among the digits that its input allows.",
+        ),
+        Claim(
+            "Its images are blurred.",
+            [Check("sharpness (data: 1)", figure("noisy_stacked_dae", "sharpness"), below=0.95)],
+            "Each stage returns an average over those digits.",
+        ),
+        Claim(
+            "The stages do not fit together: each learned from noised digits and is fed noised guesses. It costs most of the distance.",
+            [
+                Check(
+                    "variance of the guesses that the last stage is fed (data: 1)",
+                    figure("noisy_stacked_dae", "variance_fed"),
+                    below=1,
+                ),
+                Check(
+                    "Fréchet distance that the last stage would gain on noised digits",
+                    lambda run: run["noisy_stacked_dae"]["frechet_distance"] - run["noisy_stacked_dae"]["distance_on_digits"],
+                    above=0,
+                ),
+                Check(
+                    "that gain, less what would be left",
+                    lambda run: (
+                        run["noisy_stacked_dae"]["frechet_distance"]
+                        - run["noisy_stacked_dae"]["distance_on_digits"]
+                        - run["noisy_stacked_dae"]["distance_on_digits"]
+                    ),
+                    above=0,
+                ),
+            ],
+            "A guess is a mean, which varies less than digits do; noised anew, it is no noised digit.",
+        ),
+    ],
+    "vae": [
+        Claim(
+            "Codes drawn from N(0, I) decode to digits, in one step, better than the stack's in ten.",
+            [Check("Fréchet distance gained on the rung before", gain("vae", "noisy_stacked_dae"), above=0)],
+            "The code is what is random, and its distribution is known.",
+        ),
+        Claim(
+            "They are blurred.",
+            [Check("sharpness (data: 1)", figure("vae", "sharpness"), below=0.95)],
+            "The decoder returns the mean of all digits that a code may stand for.",
+        ),
+        Claim(
+            "The prior has holes: digits' codes do not lie as N(0, I) does, and that costs distance.",
+            [
+                Check("KL of the digits' codes together from N(0, I), in nats", figure("vae", "prior_gap"), above=0),
+                Check("how often a code and a draw of N(0, I) are told apart", figure("vae", "codes_told_apart"), above=0.5),
+                Check(
+                    "Fréchet distance that digits' own codes would gain",
+                    lambda run: run["vae"]["frechet_distance"] - run["vae"]["distance_of_codes"],
+                    above=0,
+                ),
+            ],
+            "The decoder can do better than its prior lets it: where no digit's code lies, it has learned nothing.",
+        ),
+        Claim(
+            "A heavier KL term closes the gap, and pays with the detail that codes keep.",
+            [
+                Check(
+                    "nats of the gap gained from the lightest to the heaviest KL term",
+                    lambda run: run["vae_light"]["prior_gap"] - run["vae_heavy"]["prior_gap"],
+                    above=0,
+                ),
+                Check(
+                    "error of reconstructions that it costs (grey range 1)",
+                    lambda run: run["vae_heavy"]["reconstruction_error"] - run["vae_light"]["reconstruction_error"],
+                    above=0,
+                ),
+            ],
+            "KL is the rate of the code: what it pulls towards N(0, I) can say less of the digit.",
+        ),
+        Claim(
+            "A posterior of full covariance explains digits better than one of independent dimensions.",
+            [
+                Check(
+                    "bits/dim gained", lambda run: run["vae_middle"]["bits_per_dim"] - run["vae_full"]["bits_per_dim"], above=0
+                )
+            ],
+            "It holds the diagonal one, and can follow a code's dimensions where they depend on each other.",
+        ),
+    ],
+    "ddpm": [
+        Claim(
+            "One network for all noise levels, and small Gaussian steps: better than every rung before.",
+            [Check("Fréchet distance gained on the best of them", gain("ddpm", *BEFORE_DIFFUSION), above=0)],
+            "A small step back is nearly Gaussian: its mean is all there is to learn, and its noise keeps the choice open.",
+        ),
+        Claim(
+            "Its samples are as sharp and as diverse as the data.",
+            [
+                Check("sharpness (data: 1)", figure("ddpm", "sharpness"), above=0.9, below=1.1),
+                Check("diversity (data: 1)", figure("ddpm", "diversity"), above=0.9),
+            ],
+            "No step has to average over different digits: what is left open is decided by the noise of the next one.",
+        ),
+        Claim(
+            "It explains digits that it has not seen better than the autoencoder does.",
+            [Check("bits/dim gained on the autoencoder's bound of ten codes", figure("ddpm", "bits_gained"), above=0)],
+            "Its bound adds up a thousand small steps, none of which has a wrong shape to make up for.",
+        ),
+    ],
+    "latent_diffusion": [
+        Claim(
+            "Through the same decoder, learned codes are better than codes from N(0, I).",
+            [
+                Check(
+                    "Fréchet distance, less half of that of N(0, I)",
+                    lambda run: run["latent_diffusion"]["frechet_distance"] - run["vae"]["frechet_distance"] * 0.5,
+                    below=0,
+                ),
+            ],
+            "The decoder is the same, so the difference is the prior's.",
+        ),
+        Claim(
+            "It closes most of the gap between N(0, I) and the digits' own codes.",
+            [
+                Check(
+                    "Fréchet distance gained on N(0, I), less what is still missing to those codes",
+                    lambda run: (
+                        run["vae"]["frechet_distance"]
+                        - run["latent_diffusion"]["frechet_distance"]
+                        - (run["latent_diffusion"]["frechet_distance"] - run["vae"]["distance_of_codes"])
+                    ),
+                    above=0,
+                ),
+            ],
+            "The diffusion has learned where the codes of digits lie.",
+        ),
+        Claim(
+            "As a prior, it explains unseen digits better than N(0, I) does.",
+            [Check("bits/dim gained on the autoencoder's bound", figure("latent_diffusion", "bits_gained"), above=0)],
+            "Where the digits' codes lie, it has more of its probability than N(0, I).",
+        ),
+        Claim(
+            "A sample costs less than one of diffusion in pixels.",
+            [
+                Check(
+                    "its arithmetic, over that of diffusion in pixels",
+                    lambda run: run["latent_diffusion"]["operations"] * (1 / run["ddpm"]["operations"].value),
+                    below=1,
+                ),
+            ],
+            "A step works on the code, which has fewer places; the decoder runs once.",
+        ),
+        Claim(
+            "And it is as good.",
+            [Check("Fréchet distance gained on diffusion in pixels", gain("latent_diffusion", "ddpm"), above=0)],
+            "Only where the decoder loses nothing that the distance sees.",
+        ),
+    ],
+}

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ import numpy as np
 import torch
 from markupsafe import Markup
 from PIL import Image
+
+from .estimates import Estimate
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -96,6 +99,26 @@ def svg(figure) -> Markup:
     return Markup('<div class="chart">{}</div>').format(Markup(drawing[drawing.index("<svg") :].replace("<svg ", label, 1)))
 
 
+def named_bars(bars: Any) -> None:
+    """Give each bar of a chart the name by which `readout` finds it."""
+    for i, bar in enumerate(bars):
+        bar.set_gid(f"bar-{i}")
+
+
+def readout(figure, labels: Sequence[str], noun: str) -> Markup:
+    """A chart with `named_bars` that tells what each bar stands for where a pointer, a finger or the slider below it is.
+
+    Args:
+        figure: of `chart`.
+        labels: a sentence for each bar.
+        noun: what a bar is of.
+    """
+    control = Markup('<input type="range" min="0" max="{}" value="0" aria-label="{} to read">').format(len(labels) - 1, noun)
+    start = Markup('<div class="readout" data-labels="{}">').format(json.dumps(labels))
+    drawing = Markup(str(svg(figure)).replace('id="bar-', 'data-bar="'))  # other charts of the page have such bars too
+    return start + drawing + control + Markup('<output aria-live="polite">{}</output></div>').format(labels[0])
+
+
 def loss_curve(losses: list[tuple[int, float]], name: str) -> Markup:
     """The training loss: every step in the background, its running median over a fiftieth of the run in front."""
     steps, values = np.array([s for s, _ in losses]), np.array([v for _, v in losses])
@@ -116,17 +139,18 @@ def loss_curve(losses: list[tuple[int, float]], name: str) -> Markup:
     return svg(figure)
 
 
-def distances(names: list[str], values: list[float], intervals: list[tuple[float, float]], floor: float) -> Markup:
+def distances(names: list[str], found: list[Estimate], floor: float) -> Markup:
     """The Fréchet distance of every rung, on a logarithmic scale, with the floor."""
     figure, axes = chart("Fréchet distance of each rung against the floor", width=4.6, height=3.0)
     positions = np.arange(len(names))[::-1]
-    below = [v - low for v, (low, _) in zip(values, intervals, strict=True)]
-    above = [high - v for v, (_, high) in zip(values, intervals, strict=True)]
+    values = [estimate.value for estimate in found]
+    below = [estimate.value - estimate.interval[0] for estimate in found]
+    above = [estimate.interval[1] - estimate.value for estimate in found]
     axes.barh(positions, values, color=ACCENT, height=0.6, xerr=[below, above], error_kw={"ecolor": INK, "elinewidth": 1})
     axes.axvline(floor, color=INK, linestyle="--", linewidth=1)
     axes.text(floor, len(names) - 0.35, " floor: real digits", ha="left", va="bottom", fontsize=8)
-    for position, value, (_, high) in zip(positions, values, intervals, strict=True):
-        axes.text(high * 1.06, position, f"{value:.2f}", va="center", fontsize=8)
+    for position, estimate in zip(positions, found, strict=True):
+        axes.text(estimate.interval[1] * 1.06, position, f"{estimate.value:.2f}", va="center", fontsize=8)
     axes.set_yticks(positions, names)
     axes.set_xscale("log")
     axes.set_xlim(floor / 1.5, max(values) * 1.8)

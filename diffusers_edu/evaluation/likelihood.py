@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from tqdm.auto import tqdm
 
-from .metrics import Estimate
+from .estimates import Estimate, mean
 from .sampling import generators
+from .sharding import my_part, progress, whole
 
 BLOCK = 2**16  # numbers drawn at once for an image
 Model = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -52,14 +52,21 @@ class Bound:
 
     def estimate(self, of: torch.Tensor | None = None) -> Estimate:
         """The mean over images in nats, with 1.96 standard errors; `of` the bound, or of a part."""
-        values = self.nats if of is None else of
-        error = 1.96 * values.std().item() / len(values) ** 0.5
-        return Estimate(values.mean().item(), (values.mean().item() - error, values.mean().item() + error), len(values))
+        return mean(self.nats if of is None else of)
 
     def bits_per_dim(self, of: torch.Tensor | None = None) -> Estimate:
         """The same in bits per dimension."""
-        nats, scale = self.estimate(of), 1 / (self.dimensions * math.log(2))
-        return Estimate(nats.value * scale, (nats.interval[0] * scale, nats.interval[1] * scale), nats.n)
+        return in_bits(self.nats if of is None else of, self.dimensions)
+
+    def by_timestep(self) -> dict[str, list[float]]:
+        """Lists over the timesteps, the noisiest first: their numbers, their terms in bits per dimension, the mean square error of the
+        predicted x_0, and the rate and distortion of `progressive_code`; {} where the bound has no timesteps."""
+        if self.terms is None or self.squared_errors is None:
+            return {}
+        rate, distortion = self.progressive_code()
+        bits = self.terms.mean(1) / (self.dimensions * math.log(2))
+        found = {"bits_per_dim": bits, "denoising_loss": self.squared_errors.mean(1), "rate": rate, "distortion": distortion}
+        return {"timesteps": self.timesteps, **{f"{name}_by_timestep": values.tolist() for name, values in found.items()}}
 
     def progressive_code(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Rate in bits per dimension and distortion, the root mean square error in the units of x, after each timestep: (K,) each.
@@ -71,13 +78,23 @@ class Bound:
         return received / (self.dimensions * math.log(2)), self.squared_errors.mean(1).sqrt()
 
 
+def in_bits(nats: torch.Tensor, dimensions: int) -> Estimate:
+    """The mean of nats of images, (N,), in bits per dimension, with 1.96 standard errors."""
+    return mean(nats) * (1 / (dimensions * math.log(2)))
+
+
 def log_likelihood(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor | float, bin_width: float | None) -> torch.Tensor:
-    """log p(x) of each image under N(mean, std^2), in nats, (B,): the probability of the bins of x in [-1, 1], the outermost ones
-    unbounded (Ho et al. 2020, eq. 13); with a `bin_width` of None the density."""
+    """log p(x) of each image under N(mean, std^2), in nats, (B,); see [`log_probability`]."""
+    return log_probability(x, mean, std, bin_width).flatten(1).sum(1)
+
+
+def log_probability(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor | float, bin_width: float | None) -> torch.Tensor:
+    """log p of every element under N(mean, std^2), float64: the probability of the bins of x in [-1, 1], the outermost ones unbounded
+    (Ho et al. 2020, eq. 13); with a `bin_width` of None the density. The shapes of x and mean broadcast."""
     normal = torch.distributions.Normal(mean.double(), torch.as_tensor(std, dtype=torch.float64, device=x.device))
     x = x.double()
     if bin_width is None:
-        return normal.log_prob(x).flatten(1).sum(1)
+        return normal.log_prob(x)
     upper, lower = ((x - normal.mean + side * bin_width / 2) / normal.stddev for side in (1, -1))
     # Far above the mean 1 - 1 cancels; the mirror image of the bin lies far below it.
     above_mean = x > normal.mean
@@ -86,7 +103,7 @@ def log_likelihood(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor | floa
     lower = torch.where(torch.where(above_mean, highest, lowest), -torch.inf, lower)
     upper = torch.where(torch.where(above_mean, lowest, highest), torch.inf, upper)
     log_upper, log_lower = torch.special.log_ndtr(upper), torch.special.log_ndtr(lower)
-    return (log_upper + torch.log(-torch.expm1(log_lower - log_upper))).flatten(1).sum(1)
+    return log_upper + torch.log(-torch.expm1(log_lower - log_upper))
 
 
 @torch.no_grad()
@@ -131,9 +148,9 @@ def diffusion_bound(
         terms.append(torch.stack(of_batch))
         errors.append(torch.stack(errors_of_batch))
         priors.append(scheduler.prior_term(x_0).double().cpu())
-    each = torch.cat(terms, 1)
-    parts = {"prior": torch.cat(priors), "steps": each[:-1].sum(0), "last": each[-1]}
-    return Bound(parts, samples[0].numel(), timesteps, each, torch.cat(errors, 1))
+    each = whole(terms, 1)
+    parts = {"prior": whole(priors), "steps": each[:-1].sum(0), "last": each[-1]}
+    return Bound(parts, samples[0].numel(), timesteps, each, whole(errors, 1))
 
 
 @torch.no_grad()
@@ -167,7 +184,7 @@ def autoencoder_bound(
                 weights.append(likelihood + prior - posterior.log_prob(z).double())
         if k > 1:
             found["importance"].append(math.log(k) - torch.stack(weights).logsumexp(0).cpu())
-    return Bound({name: torch.cat(values) for name, values in found.items()}, images[0].numel())
+    return Bound({name: whole(values) for name, values in found.items()}, images[0].numel())
 
 
 @torch.no_grad()
@@ -198,10 +215,10 @@ def latent_diffusion_bound(
         reconstruction.append(-log_likelihood(x, vae.decode(z).sample, std, bin_width).cpu())
         log_q.append(posterior.log_prob(z).double().cpu())
         codes.append(scaled(vae, z))
-    y = torch.cat(codes)
+    y = whole(codes).to(images.device)
     prior = diffusion_bound(model, scheduler, y, None, draws, seed + 1, batch_size)
     scale = torch.full((len(y),), -y[0].numel() * math.log(vae.config.scaling_factor), dtype=torch.float64)
-    parts = {"reconstruction": torch.cat(reconstruction), "posterior": torch.cat(log_q), **prior.parts, "scale": scale}
+    parts = {"reconstruction": whole(reconstruction), "posterior": whole(log_q), **prior.parts, "scale": scale.cpu()}
     return Bound(parts, images[0].numel(), prior.timesteps, prior.terms, prior.squared_errors)
 
 
@@ -244,8 +261,9 @@ class Noise:
 
 
 def batches(samples: torch.Tensor, seed: int, size: int, evaluations: int) -> Iterator[tuple[torch.Tensor, Noise]]:
-    """Batches, each with its noise; every draw of it is one evaluation in the progress bar."""
-    with tqdm(total=evaluations * -(-len(samples) // size), desc="likelihood", leave=False) as bar:
-        for first in range(0, len(samples), size):
-            batch = samples[first : first + size]
+    """This process's batches, each with its noise; every draw of it is one evaluation in the progress bar."""
+    mine = my_part(len(samples))
+    with progress(total=evaluations * -(-len(mine) // size), desc="likelihood") as bar:
+        for first in range(mine.start, mine.stop, size):
+            batch = samples[first : min(first + size, mine.stop)]
             yield batch, Noise(generators(seed, first, len(batch)), evaluations, bar.update)

@@ -5,31 +5,24 @@ figure means little without its floor: the same figure for the training images t
 """
 
 import warnings
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
+from sklearn.dummy import DummyClassifier
 from sklearn.neighbors import NearestNeighbors
+from sklearn.svm import SVC
 from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
-LEVEL = 0.95  # of every interval
+from .estimates import Estimate, around, bootstrap, share
+from .sharding import my_part, whole
+
+MOST = 10_000  # images that samples are held against
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A measured figure: its value, a 95 % interval (each function says over what), and the number of images it is of."""
-
-    value: float
-    interval: tuple[float, float]
-    n: int
-
-    def as_json(self) -> dict:
-        return asdict(self) | {"interval": list(self.interval)}
-
-
-class Features(nn.Module):
+class Precomputed(nn.Module):
     """Features that are there already, in the place of a network that would make them: (N, d) to itself."""
 
     def __init__(self, num_features: int):
@@ -40,8 +33,68 @@ class Features(nn.Module):
         return features
 
 
+class Reference:
+    """What samples are held against: images held out and images trained on, by their features; 10,000 of each, where there are more.
+
+    Args:
+        train, held_out: with `images`, float (N, C, H, W) in [0, 1], and `labels`, int64 (N,) or None.
+        features: (N, C, H, W) in [0, 1] to (N, d); see [`features.make_features`].
+        seed: of the bootstrap and the subsets.
+    """
+
+    def __init__(self, train: Any, held_out: Any, features: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
+        self.features, self.seed = features, seed
+        (images, self.labels), (images_held_out, self.held_out_labels) = map(some, (train, held_out))
+        self.train, self.held_out = self.of(images), self.of(images_held_out)
+        if self.labels is not None:
+            self.judge = classifier(self.train, self.labels)
+
+    def of(self, images: torch.Tensor) -> torch.Tensor:
+        """Their features, shared out over the processes of a launch."""
+        mine = my_part(len(images))
+        return whole([self.features(images[mine.start : mine.stop])] if mine else [])
+
+    def measure(self, samples: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, Estimate]:
+        """Every figure of samples, float (N, C, H, W) in [0, 1].
+
+        `train_on_synthetic` is among them where the data has classes: `labels`, int64 (N,), of samples that have one; else they are
+        labelled by a judge, a classifier trained on the training images.
+
+        Raises:
+            ValueError: samples of another shape, or with values that are not finite.
+        """
+        if not bool(samples.isfinite().all()):
+            raise ValueError("the samples hold values that are not finite")
+        features = self.of(samples)
+        figures = measure(features, self.held_out, self.seed) | self.lesson(features, labels)
+        figures["memorised"] = memorised(features, self.train, self.held_out)
+        return figures
+
+    def floor(self, count: int) -> dict[str, Estimate]:
+        """The figures of as many training images in the place of samples, or of all where they are fewer: what a model can hope for."""
+        chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))[:count]
+        real, labels = self.train[chosen], None if self.labels is None else self.labels[chosen]
+        return measure(real, self.held_out, self.seed) | self.lesson(real, labels)
+
+    def lesson(self, features: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Estimate]:
+        """`train_on_synthetic`, where the data has classes."""
+        if self.labels is None or self.held_out_labels is None:
+            return {}
+        if labels is None:
+            labels = torch.from_numpy(self.judge.predict(features.numpy()))
+        return {"train_on_synthetic": train_on_synthetic(features, labels, self.held_out, self.held_out_labels)}
+
+
+def some(data: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The images and labels of a data set, or of the same 10,000 of them each time."""
+    if len(data.images) <= MOST:
+        return data.images, data.labels
+    chosen = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:MOST].sort().values
+    return data.images[chosen], None if data.labels is None else data.labels[chosen]
+
+
 def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> dict[str, Estimate]:
-    """Every figure for samples against held-out data, both of shape (N, d), float.
+    """Every figure that asks for no more than the features of samples and of held-out data, both float (N, d).
 
     Raises:
         ValueError: shapes that do not fit, or values that are not finite.
@@ -64,6 +117,28 @@ def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> di
     }
 
 
+def classifier(features: torch.Tensor, labels: torch.Tensor) -> Any:
+    """A support vector machine with radial kernels; of a single class, that class."""
+    kind = SVC() if len(labels.unique()) > 1 else DummyClassifier(strategy="most_frequent")
+    return kind.fit(features.numpy(), labels.numpy())
+
+
+def train_on_synthetic(
+    samples: torch.Tensor, labels: torch.Tensor, reference: torch.Tensor, reference_labels: torch.Tensor
+) -> Estimate:
+    """How often a classifier that has seen samples alone is right about data, Wilson interval.
+
+    Ravuri and Vinyals 2019 (https://arxiv.org/abs/1905.10887), section 3: samples that miss classes, or the variety within one,
+    teach it less. Compare with the floor, where it has learned from as many real images.
+
+    Args:
+        samples, reference: features (N, d).
+        labels, reference_labels: their classes, int64 (N,).
+    """
+    right = classifier(samples, labels).predict(reference.numpy()) == reference_labels.numpy()
+    return share(int(right.sum()), len(reference))
+
+
 def frechet_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, resamples: int = 50) -> Estimate:
     """|mu_1 - mu_2|^2 + tr(C_1) + tr(C_2) - 2 tr((C_1 C_2)^(1/2)), the distance of two Gaussians fitted to the features.
 
@@ -80,7 +155,7 @@ def frechet_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int =
 
     value = distance(samples)
     draws = [distance(draw) for draw in bootstrap(samples, seed, resamples)]
-    return Estimate(value, normal_interval(value, draws), len(samples))
+    return around(value, draws, len(samples))
 
 
 def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +178,12 @@ def kernel_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 
     size = min(len(samples), len(reference)) // 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that all features are kept in memory, where they are already
-        metric = KernelInceptionDistance(Features(samples.shape[1]), subsets=subsets, subset_size=size)
+        options: dict[str, Any] = {
+            "subsets": subsets,
+            "subset_size": size,
+            "sync_on_compute": False,
+        }  # every process has all of them
+        metric = KernelInceptionDistance(Precomputed(samples.shape[1]), **options)
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)
     with torch.random.fork_rng(devices=[]):
@@ -133,7 +213,7 @@ def density_coverage(samples: torch.Tensor, reference: torch.Tensor, seed: int =
     draws = [draw.mean().item() for draw in bootstrap(density, seed, resamples=50)]
     value = density.mean().item()
     return (
-        Estimate(value, normal_interval(value, draws), len(samples)),
+        around(value, draws, len(samples)),
         share(int(within.any(0).sum()), len(reference)),
     )
 
@@ -166,28 +246,9 @@ def within_balls(points: torch.Tensor, manifold: torch.Tensor, k: int) -> torch.
     return torch.cdist(points.double(), manifold.double()) <= torch.from_numpy(radii)
 
 
-def share(count: int, of: int) -> Estimate:
-    """A share with its Wilson interval."""
-    interval = binomtest(count, of).proportion_ci(LEVEL, method="wilson")
-    return Estimate(count / of, (float(interval.low), float(interval.high)), of)
-
-
 def diversity(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, resamples: int = 50) -> Estimate:
     """The mean over features of the samples' standard deviation, over that of the data: 0 all alike, 1 as varied as data."""
     data_std = reference.std(0).mean().item()
     value = samples.std(0).mean().item() / data_std
     draws = [draw.std(0).mean().item() / data_std for draw in bootstrap(samples, seed, resamples)]
-    return Estimate(value, normal_interval(value, draws), len(samples))
-
-
-def bootstrap(samples: torch.Tensor, seed: int, resamples: int):
-    """Draws of as many samples with replacement."""
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(resamples):
-        yield samples[torch.randint(len(samples), (len(samples),), generator=generator)]
-
-
-def normal_interval(value: float, draws: list[float]) -> tuple[float, float]:
-    """The value +- 1.96 standard deviations of its draws."""
-    error = 1.96 * float(np.std(draws))
-    return value - error, value + error
+    return around(value, draws, len(samples))

@@ -9,6 +9,8 @@ import torch
 from markupsafe import Markup
 
 from . import figures
+from .estimates import Estimate
+from .experiments import Mismatch, StageShares
 from .likelihood import Bound
 from .sampling import Step, decode, to_unit
 
@@ -24,21 +26,6 @@ class Picture:
     caption: str
     html: Markup
     wide: bool = False
-
-
-@dataclass
-class StageShares:
-    """What each stage of a stack did to one batch.
-
-    Args:
-        levels: the stages, in the order of sampling.
-        change: the share of stage i in the sum of all root-mean-square changes of the image; they add up to 1.
-        diversity: the mean pixel standard deviation over the batch after stage i, over that of the data.
-    """
-
-    levels: list[int]
-    change: list[float]
-    diversity: list[float]
 
 
 def visible(x: torch.Tensor) -> torch.Tensor:
@@ -131,69 +118,123 @@ def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any 
     ]
 
 
-def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float) -> StageShares:
-    """Measure what each stage did, from a record of many samples. `data_std`: the data's mean pixel std, images in [-1, 1]."""
-    changes, diversity, before = [], [], start
-    for step in steps:
-        changes.append((step.sample - before).square().mean().sqrt().item())
-        diversity.append(step.sample.std(0).mean().item() / data_std)
-        before = step.sample
-    return StageShares([step.timestep for step in steps], [c / sum(changes) for c in changes], diversity)
-
-
 def stage_chart(shares: StageShares, fresh_noise: bool) -> Picture:
+    """What each stage changes, and the diversity that it leaves."""
     figure, axes = figures.chart("share of the change and diversity left after each stage", height=2.8)
     names = [str(level) for level in shares.levels]
-    axes.bar(names, shares.change, color="#cfcabd", width=0.7, label="share of the change")
-    axes.plot(names, shares.diversity, color=figures.ACCENT, marker="o", markersize=4, label="diversity left (data = 1)")
+    change, diversity = ([estimate.value for estimate in each] for each in (shares.change, shares.diversity))
+    figures.named_bars(axes.bar(names, change, color="#cfcabd", width=0.7, label="share of the change"))
+    axes.plot(names, diversity, color=figures.ACCENT, marker="o", markersize=4, label="diversity left (data = 1)")
     axes.set_yscale("symlog", linthresh=0.01)
     ticks = [0, 0.01, 0.1, 1, 10]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    axes.set_ylim(0, max(2.0, 1.5 * max(shares.diversity)))
+    axes.set_ylim(0, max(2.0, 1.5 * max(diversity)))
     axes.set(xlabel="stage, in the order of sampling")
     axes.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 1.02))
+    labels = [
+        f"stage {name}: {of_change:.1%} of all the change; diversity {left:.3g} after it"
+        for name, of_change, left in zip(names, change, diversity, strict=True)
+    ]
     after = "what is handed on, fresh noise included" if fresh_noise else "what is handed on"
-    first = f"The first stage makes {shares.change[0]:.1%} of all the change"
     caption = (
-        f"{first}, and leaves a diversity of {shares.diversity[0]:.2f}; the last leaves {shares.diversity[-1]:.2f} ({after})."
+        f"The first stage makes {change[0]:.1%} of all the change, and leaves a diversity of {diversity[0]:.2f}; the last leaves "
+        f"{diversity[-1]:.2f} ({after})."
     )
-    return Picture("What each stage does", caption, figures.svg(figure))
+    return Picture("What each stage does", caption, figures.readout(figure, labels, "stage"))
 
 
-@torch.no_grad()
+def mismatch_chart(mismatch: Mismatch) -> Picture:
+    """What the stages are fed, and the distance where the chain starts from real images instead."""
+    figure, axes = figures.chart("Fréchet distance by the stage at which noised digits are put in", height=2.8)
+    names = [str(level) for level in mismatch.levels]
+    distances = [estimate.value for estimate in mismatch.distance_on_digits]
+    fed = [0.0 if estimate is None else estimate.value for estimate in mismatch.variance_fed]
+    figures.named_bars(axes.bar(names, fed, color="#cfcabd", width=0.7, label="variance of the guess it is fed (data = 1)"))
+    axes.plot(names, distances, color=figures.ACCENT, marker="o", markersize=4, label="distance, started here on digits")
+    axes.set(xlabel="stage, in the order of sampling", ylim=(0, 1.35 * max(*distances, *fed)))
+    axes.legend(fontsize=8, loc="upper left")
+    labels = [
+        f"stage {name}: {'starts from noise' if guess is None else f'is fed guesses of {guess.value:.0%} of the variance'}; on noised "
+        f"digits, the chain from here reaches {distance:.3f}"
+        for name, guess, distance in zip(names, mismatch.variance_fed, distances, strict=True)
+    ]
+    caption = (
+        f"Started at stage {names[-1]} on noised digits, as it was trained, the stack reaches a distance of {distances[-1]:.2f}; with "
+        f"what the stages before hand on, {distances[0]:.2f}. Their guesses are means, which vary less than digits."
+    )
+    return Picture("What each stage is fed", caption, figures.readout(figure, labels, "stage"))
+
+
 def bound_pictures(bound: Bound) -> list[Picture]:
-    """Where in time the bound of a diffusion of images comes from, and what it means to a receiver of the code."""
-    assert bound.terms is not None
-    in_bits = 1 / (bound.dimensions * math.log(2))
-    terms = (bound.terms.mean(1) * in_bits).tolist()
+    """Where in time the bound of a diffusion of images comes from, how well x_0 is known there, and what a receiver gets of it."""
+    found = bound.by_timestep()
+    t, terms, errors = found["timesteps"], found["bits_per_dim_by_timestep"], found["denoising_loss_by_timestep"]
+    rate, distortion = found["rate_by_timestep"], [value / 2 for value in found["distortion_by_timestep"]]
     figure, axes = figures.chart(
         f"the terms of the bound by timestep, from {terms[0]:.3f} to {terms[-1]:.3f} bits per dimension"
     )
-    axes.bar(range(len(terms)), terms, width=1.0, color=figures.ACCENT)
+    figures.named_bars(axes.bar(range(len(terms)), terms, width=1.0, color=figures.ACCENT))
     shown = spread(len(terms), 6)
-    axes.set_xticks(shown, [str(bound.timesteps[i]) for i in shown])
+    axes.set_xticks(shown, [str(t[i]) for i in shown])
     axes.set(xlabel="timestep, the noisiest first", ylabel="bits/dim")
+    labels = [
+        f"t = {t[i]}: {terms[i]:.4f} bits/dim; mean square error of x₀ {errors[i]:.4f}; received so far {rate[i]:.2f} bits/dim"
+        for i in range(len(t))
+    ]
     near, total = sum(terms[-len(terms) // 5 :]), sum(terms)
     by_timestep = Picture(
         "The bound, step by step",
         f"{bound.bits_per_dim().value:.2f} bits/dim in all, of which the {len(terms) // 5} steps next to the image take "
         f"{near / total:.0%}: there the last, faint detail is paid for.",
+        figures.readout(figure, labels, "timestep"),
+    )
+    figure, axes = figures.chart(
+        f"mean square error of the predicted x_0 by timestep, from {errors[0]:.3f} to {errors[-1]:.3f}"
+    )
+    axes.semilogy(errors, color=figures.ACCENT, linewidth=1.6)
+    axes.set_xticks(shown, [str(t[i]) for i in shown])
+    axes.set(xlabel="timestep, the noisiest first", ylabel="error of x₀, squared")
+    denoising = Picture(
+        "The denoising loss, step by step",
+        "How much of the image is still unknown at each timestep: from all of it, on the left, to next to nothing.",
         figures.svg(figure),
     )
-    rate, distortion = bound.progressive_code()
     figure, axes = figures.chart(
         f"error of the received image, from {distortion[0]:.3f} to {distortion[-1]:.3f}, by bits received"
     )
-    axes.plot(rate, distortion / 2, color=figures.ACCENT, linewidth=1.6)
+    axes.plot(rate, distortion, color=figures.ACCENT, linewidth=1.6)
     axes.set(xlabel="bits/dim received", ylabel="error (grey range 1)", ylim=(0, None))
-    halved = distortion <= distortion[0] / 2
-    half = f" Half of its error is gone after {rate[halved][0]:.2f} bits/dim." if bool(halved.any()) else ""
+    halved = [rate[i] for i in range(len(rate)) if distortion[i] <= distortion[0] / 2]
+    half = f" Half of its error is gone after {halved[0]:.2f} bits/dim." if halved else ""
     progressive = Picture(
         "An image sent through it",
         f"A receiver of x_T, x_T-1, ... guesses the image at every step.{half} What is large comes first.",
         figures.svg(figure),
     )
-    return [by_timestep, progressive]
+    return [by_timestep, denoising, progressive]
+
+
+def trade_off(weights: list[float], found: list[dict[str, Estimate]]) -> Picture:
+    """Autoencoders of growing weight of the KL term: what codes of N(0, I) and of images decode to, and what they keep."""
+    figure, axes = figures.chart("Fréchet distance of autoencoders by the weight of their KL term", height=2.8)
+    for name, label, colour in (
+        ("frechet_distance", "codes from N(0, I)", figures.ACCENT),
+        ("distance_of_codes", "digits' own codes", figures.QUIET),
+    ):
+        axes.plot(weights, [each[name].value for each in found], color=colour, marker="o", markersize=4, label=label)
+    axes.set_xscale("log")
+    axes.set_xticks(weights, [f"{weight:g}" for weight in weights])
+    axes.minorticks_off()
+    axes.set(xlabel="weight of the KL term", ylabel="Fréchet distance", ylim=(0, None))
+    axes.legend(fontsize=8)
+    gaps = ", ".join(f"{each['prior_gap'].value:.0f}" for each in found)
+    errors = ", ".join(f"{each['reconstruction_error'].value:.3f}" for each in found)
+    weight_names = ", ".join(f"{weight:g}" for weight in weights)
+    caption = (
+        f"With weights of {weight_names}, the digits' codes together are {gaps} nats from N(0, I), and the error of reconstructions is "
+        f"{errors}. What closes the gap costs detail."
+    )
+    return Picture("The weight of the KL term", caption, figures.svg(figure))
 
 
 def latent_walk(vae: Any, ends: torch.Tensor, columns: int = COLUMNS) -> Picture:

@@ -1,12 +1,14 @@
 """The page: one self-contained HTML file from what was measured and drawn."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from .claims import Verdict
-from .metrics import Estimate
+from .diagnoses import Diagnosis
+from .estimates import Estimate
 from .pictures import Picture
 
 FIGURES = {
@@ -14,7 +16,12 @@ FIGURES = {
     "kernel_distance": "Kernel distance",
     "precision": "Precision",
     "recall": "Recall",
+    "density": "Density",
+    "coverage": "Coverage",
     "diversity": "Diversity",
+    "train_on_synthetic": "Teaches a classifier",
+    "two_sample_accuracy": "Told from data",
+    "memorised": "Memorised",
     "bits_per_dim": "Bits/dim, at most",
 }
 
@@ -25,8 +32,9 @@ class Section:
 
     Args:
         name, title, change: as in the table of rungs.
-        verdict: its claim, held against the measurements.
+        verdicts: its claims, held against the measurements.
         metrics: of its samples.
+        diagnoses: what is wrong.
         facts: short labelled facts, such as the number of parameters.
         row, samples, real, loss: pictures of a few samples in a row, of more, of held-out data, and of the training loss.
         pictures: more of them.
@@ -35,8 +43,9 @@ class Section:
     name: str
     title: str
     change: str
-    verdict: Verdict
+    verdicts: list[Verdict]
     metrics: dict[str, Estimate]
+    diagnoses: list[Diagnosis]
     facts: dict[str, str]
     row: Markup
     samples: Markup
@@ -52,11 +61,11 @@ def number(value: float) -> str:
 
 
 def render(
-    sections: list[Section],
+    sections: Sequence[Section],
     floor: dict[str, Estimate],
     real: Markup,
     overview: Markup,
-    forward: list[Picture],
+    forward: Sequence[Picture],
     facts: dict[str, str],
 ) -> str:
     """The page as HTML.

@@ -1,14 +1,15 @@
 """Samples of any pipeline, and a record of the way to them."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+
+from .sharding import my_part, progress, whole
 
 
 def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
@@ -17,20 +18,31 @@ def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in seeds]
 
 
-def sample(pipeline: Any, count: int, seed: int = 0, batch_size: int = 250, **kwargs: Any) -> torch.Tensor:
-    """`count` samples of a pipeline as float32 (count, C, H, W) in [0, 1]. `kwargs` go to the pipeline's call.
+def sample(
+    pipeline: Any, count: int, seed: int = 0, batch_size: int = 250, labels: torch.Tensor | None = None, **kwargs: Any
+) -> torch.Tensor:
+    """`count` samples of a pipeline as float32 (count, C, H, W) in [0, 1], shared out over the processes of a launch.
 
     The global source of randomness is seeded too, and put back, for pipelines that do not hand their generators on.
+
+    Args:
+        pipeline: any that is called with a `batch_size`.
+        count: how many.
+        seed: sample n is a function of it and of n, whatever the batches and the processes.
+        batch_size: of a call.
+        labels: the class of each sample, int64 (count,), for a pipeline of classes.
+        kwargs: of its call.
     """
     pipeline.set_progress_bar_config(disable=True)
-    batches = []
+    mine, batches = my_part(count), []
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for first in tqdm(range(0, count, batch_size), desc="sampling", leave=False):
-            size = min(batch_size, count - first)
-            images = pipeline(batch_size=size, generator=generators(seed, first, size), output_type="np", **kwargs).images
-            batches.append(torch.from_numpy(images).permute(0, 3, 1, 2))
-    return torch.cat(batches).float()
+        torch.manual_seed(seed + mine.start)
+        for first in progress(range(mine.start, mine.stop, batch_size), desc="sampling"):
+            size = min(batch_size, mine.stop - first)
+            classes = {} if labels is None else {"class_labels": labels[first : first + size]}
+            call = {"batch_size": size, "generator": generators(seed, first, size), "output_type": "np", **classes, **kwargs}
+            batches.append(torch.from_numpy(pipeline(**call).images).permute(0, 3, 1, 2).float())
+    return whole(batches)
 
 
 def initial_noise(seed: int, count: int, shape: Sequence[int]) -> torch.Tensor:
@@ -53,7 +65,11 @@ def trace(pipeline: Any, count: int, seed: int = 0, **kwargs: Any) -> list[Step]
     """
     steps: list[Step] = []
     if "scheduler" in pipeline.components:
-        with recorded_steps(pipeline.scheduler, steps):
+
+        def note(_: Any, timestep: Any, __: Any, prev_sample: torch.Tensor) -> None:
+            steps.append(Step(int(timestep), prev_sample.float().cpu()))
+
+        with watched_steps(pipeline.scheduler, note):
             sample(pipeline, count, seed, batch_size=count, **kwargs)
     elif hasattr(pipeline, "levels"):
 
@@ -66,18 +82,17 @@ def trace(pipeline: Any, count: int, seed: int = 0, **kwargs: Any) -> list[Step]
 
 
 @contextmanager
-def recorded_steps(scheduler: Any, steps: list[Step]) -> Iterator[None]:
-    """Note what `scheduler.step` returns, for pipelines that have no callback."""
+def watched_steps(scheduler: Any, note: Callable[..., None]) -> Iterator[None]:
+    """Call `note(model_output, timestep, sample, prev_sample)` after each `scheduler.step`, for pipelines that have no callback."""
     step = scheduler.step
 
     @functools.wraps(step)  # pipelines look at the signature to see whether a generator is taken
-    def recording(model_output: torch.Tensor, timestep: Any, *args: Any, **kwargs: Any) -> Any:
-        output = step(model_output, timestep, *args, **kwargs)
-        prev_sample = output[0] if isinstance(output, tuple) else output.prev_sample
-        steps.append(Step(int(timestep), prev_sample.float().cpu()))
+    def watched(model_output: torch.Tensor, timestep: Any, sample: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        output = step(model_output, timestep, sample, *args, **kwargs)
+        note(model_output, timestep, sample, output[0] if isinstance(output, tuple) else output.prev_sample)
         return output
 
-    scheduler.step = recording
+    scheduler.step = watched
     try:
         yield
     finally:

@@ -49,6 +49,7 @@ class Evidence:
         num_samples: drawn; the floor is of as many real images, or of all that were trained on.
         num_inference_steps: of the sampling; None where it has no meaning.
         seed: of the samples.
+        features: the name of what the figures are computed on.
     """
 
     claims: list[Claim]
@@ -57,6 +58,7 @@ class Evidence:
     num_samples: int
     num_inference_steps: int | None
     seed: int
+    features: str = "pixels"  # as cards had it that do not say
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ def make_card(subject: Subject, evidence: Evidence, shown: int) -> ModelCard:
                 "n": claim.n,
                 "interval": [rounded(bound) for bound in claim.interval],
                 "floor": rounded(claim.floor),
+                "features": evidence.features,
                 **arguments,
             },
         )
@@ -143,6 +146,7 @@ def make_card(subject: Subject, evidence: Evidence, shown: int) -> ModelCard:
         figures=evidence.claims,
         held_out=evidence.held_out,
         dataset=evidence.dataset,
+        features=evidence.features,
         command=subject.command,
         config_name=subject.config_name,
         limits=subject.limits,
@@ -199,7 +203,7 @@ def read_card(path: Path) -> tuple[str | None, Evidence | None]:
             steps = stated.get("num_inference_steps")
             arguments: dict[str, Any] = {name: int(stated[name]) for name in ARGUMENTS if name != "num_inference_steps"}
             arguments["num_inference_steps"] = None if steps is None else int(steps)
-            evidence = Evidence(claims, results[0].dataset_name, **arguments)
+            evidence = Evidence(claims, results[0].dataset_name, **arguments, features=str(stated.get("features", "pixels")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UsageError(f"{path.name}: its metadata cannot be read ({first_line(error)})") from error
     return getattr(data, "form", None), evidence

@@ -7,9 +7,13 @@
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
 from tqdm.auto import tqdm
+
+KNOTS = 250  # timesteps at which the error is measured
+TINY = 1e-12  # of which the logarithm is finite: no error, or an SNR of 0
 
 
 @torch.no_grad()
@@ -19,12 +23,12 @@ def fit_variance(pipeline: Any, samples: torch.Tensor, per_timestep: int = 32, b
     By the law of total variance, sigma_t^2 = eta^2 beta_tilde_t + a^2 E|x_0 - x_0^(x_t)|^2 / d, which is Bao et al. 2022
     (https://arxiv.org/abs/2201.06503), eq. (7), for the exact model. They take the second part from the size of the predicted
     noise; its error, measured here on data, is also right for a model that errs (Bao et al. 2022b, https://arxiv.org/abs/2206.07309,
-    theorem 3.1). One measurement of it serves every grid and eta. Use it as `pipeline.scheduler = fit_variance(pipeline, images)`;
-    it is saved with the pipeline.
+    theorem 3.1). It is measured at up to 250 timesteps, and read off between them over log SNR, where it is smooth. One measurement
+    serves every grid and eta. Use it as `pipeline.scheduler = fit_variance(pipeline, images)`; it is saved with the pipeline.
 
     Args:
         pipeline, samples: see the module; samples the model was trained on, or better a part that it was not.
-        per_timestep: samples drawn at every timestep; 32 of 64 pixels give the variance to a few percent.
+        per_timestep: samples drawn at each of them; 32 of 64 pixels give the variance to a few percent.
         batch_size: of the model's evaluations.
         seed: of the draws.
 
@@ -39,15 +43,17 @@ def fit_variance(pipeline: Any, samples: torch.Tensor, per_timestep: int = 32, b
     unet, scheduler = pipeline.unet, pipeline.scheduler
     deterministic = without_noise(scheduler)
     generator = torch.Generator().manual_seed(seed)
-    every_t = torch.arange(len(scheduler)).repeat_interleave(per_timestep)
+    knots = torch.linspace(0, len(scheduler) - 1, min(KNOTS, len(scheduler))).round().long()
     errors = []
-    for t in tqdm(every_t.split(batch_size), desc="error at every timestep", leave=False):
+    for t in tqdm(knots.repeat_interleave(per_timestep).split(batch_size), desc="error by timestep", leave=False):
         x_0 = samples[torch.randint(len(samples), t.shape, generator=generator)].to(unet.device, unet.dtype)
         t = t.to(unet.device)
         x_t = scheduler.add_noise(x_0, randn_tensor(x_0.shape, generator, unet.device, unet.dtype), t)
         predicted = deterministic.step(prediction(unet, x_t, t), t, x_t).pred_original_sample
         errors.append((predicted.float() - x_0.float()).square().flatten(1).mean(1).double().cpu())
-    by_timestep = torch.cat(errors).reshape(-1, per_timestep).mean(1)
+    measured = torch.cat(errors).reshape(-1, per_timestep).mean(1).clamp(min=TINY).log()
+    everywhere, there = (-scheduler.snr(t).clamp(min=TINY).log().numpy() for t in (torch.arange(len(scheduler)), knots))
+    by_timestep = np.exp(np.interp(everywhere, there, measured.numpy()))
     return scheduler.from_config(scheduler.config, variance_type="analytic", prediction_errors=by_timestep.tolist())
 
 

@@ -49,6 +49,18 @@ class PowerAverage(EMAModel):
         return (1 - 1 / optimization_step) ** (self.exponent + 1)
 
 
+def warmed_up(parameters: list[nn.Parameter], config: TrainingConfig, foreach: bool = True) -> EMAModel:
+    """The average that forgets the faster the younger the run is."""
+    return EMAModel(
+        parameters,
+        decay=config.ema_max_decay,
+        use_ema_warmup=True,
+        inv_gamma=config.ema_inv_gamma,
+        power=config.ema_power,
+        foreach=foreach,
+    )
+
+
 def reshard(model: nn.Module) -> None:
     """Let a sharded model forget the whole weights that it gathered for a forward pass: it would go on with them."""
     for module in model.modules():  # each group of shards has one of its own
@@ -69,14 +81,7 @@ class Averages:
         self.members: dict[str, EMAModel] = {}
         foreach = not isinstance(model, FSDPModule)  # shards have no such calls
         if config.use_ema and config.ema_sigma_rel is None:
-            self.members["ema"] = EMAModel(
-                self.parameters,
-                decay=config.ema_max_decay,
-                use_ema_warmup=True,
-                inv_gamma=config.ema_inv_gamma,
-                power=config.ema_power,
-                foreach=foreach,
-            )
+            self.members["ema"] = warmed_up(self.parameters, config, foreach)
         elif config.use_ema:
             self.members = {f"{sigma:.3f}": PowerAverage(self.parameters, sigma, foreach) for sigma in TRACKED}
         # The one that stands for what will be saved while training goes on: of two, that of the nearer length.

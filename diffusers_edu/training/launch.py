@@ -46,6 +46,10 @@ class Preempted(Exception):
     def __init__(self, number: int, step: int, saved: Path):
         super().__init__(f"stopped by {signal.Signals(number).name} at step {step}; the same command goes on from {saved}")
         self.status = 128 + number
+        self.arguments = number, step, saved
+
+    def __reduce__(self) -> tuple:  # it comes back from another process too
+        return type(self), self.arguments
 
 
 def attempt(work: Callable[[], T]) -> tuple[Any, Exception | None]:
@@ -184,13 +188,18 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         raise UsageError("FSDP 1 is not supported: launch with --fsdp_version 2")
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UsageError(f"{accelerator.distributed_type.value} shards the weights, which this trainer does not support")
+    check_processes(accelerator.num_processes)
+    return accelerator
+
+
+def check_processes(running: int) -> None:
+    """Raise a `UsageError` where the launch asked for another number of processes than there are."""
     asked_for = processes_asked_for()
-    if accelerator.num_processes != asked_for:
+    if running != asked_for:
         raise UsageError(
-            f"the launch asked for {asked_for} processes, but {accelerator.num_processes} runs; without GPUs use "
+            f"the launch asked for {asked_for} processes, but {running} runs; without GPUs use "
             f"'accelerate launch --multi_gpu --num_processes {asked_for}' or 'torchrun --nproc_per_node {asked_for}'"
         )
-    return accelerator
 
 
 def shard_on_cpu(accelerator: Accelerator) -> None:

@@ -77,11 +77,6 @@ class StreamedImages:
         """The first images, in the data set's own order and cropped at the centre."""
         return gather(self.rows(range(self.split.num_shards)), count, self.config, self.columns, self.channels)
 
-    @property
-    def images(self) -> torch.Tensor:
-        """The first 1,000 images as float32 (N, C, H, W) in [0, 1], to be measured."""
-        return self.head(1000).images
-
     def decode(self, row: Any, number: int, at: float) -> torch.Tensor | None:
         """uint8 (C, H, W) of a row, or None where it cannot be read and such are skipped."""
         array = decode_row(row[self.columns.image], number, self.resolution, self.config.center_crop, self.config)

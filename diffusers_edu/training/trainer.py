@@ -92,8 +92,8 @@ def follow(
 ) -> None:
     """Take the steps to the last, and after each do what is due: average, log, keep, measure, save; stop where a signal says so."""
     output, accelerator, kept = Path(config.output_dir), state.accelerator, snapshot_steps(config)
-    shown = {"desc": config.rung, "initial": start_step, "total": config.max_train_steps, "mininterval": 0.5}
-    bar = tqdm(steps, disable=not accelerator.is_main_process, **shown)
+    shown: dict[str, Any] = {"desc": config.rung, "initial": start_step, "total": config.max_train_steps, "mininterval": 0.5}
+    bar = tqdm(steps, **shown, **({} if accelerator.is_main_process else {"disable": True}))
     with StopSignal(accelerator) as stop, closing(steps):
         for step, learning_rate, values in bar:
             state.averages.step()

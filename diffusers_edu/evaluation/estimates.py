@@ -1,0 +1,90 @@
+"""A measured figure with its interval, and what may be said of two of them, or of one over several seeds."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+from scipy.stats import binomtest, t
+
+LEVEL = 0.95  # of every interval
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A measured figure: its value, a 95 % interval (each function says over what), and the number of images it is of."""
+
+    value: float
+    interval: tuple[float, float]
+    n: int
+
+    def as_json(self) -> dict:
+        return asdict(self) | {"interval": list(self.interval)}
+
+    def __mul__(self, factor: float) -> "Estimate":
+        """In other units, or a part of it."""
+        low, high = sorted(bound * factor for bound in self.interval)
+        return Estimate(self.value * factor, (low, high), self.n)
+
+    def __sub__(self, other: "Estimate") -> "Estimate":
+        """The difference of two figures that were measured apart: their intervals' arms add up as squares.
+
+        Zou and Donner 2008 (https://doi.org/10.1002/sim.3095), eq. (10), which also serves intervals with arms of different lengths.
+
+        Raises:
+            ValueError: they are of different numbers of images. Distances fall as that number grows, whatever the model.
+        """
+        if self.n != other.n:
+            raise ValueError(f"a figure of {self.n} images cannot be compared with one of {other.n}: measure both on as many")
+        value = self.value - other.value
+        down = np.hypot(self.value - self.interval[0], other.interval[1] - other.value)
+        up = np.hypot(self.interval[1] - self.value, other.value - other.interval[0])
+        return Estimate(value, (value - float(down), value + float(up)), self.n)
+
+    def root(self) -> "Estimate":
+        """The square root, of a figure that is not negative."""
+        low, high = (max(bound, 0.0) ** 0.5 for bound in self.interval)
+        return Estimate(self.value**0.5, (low, high), self.n)
+
+
+def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
+    """One figure of several runs: their mean, with Student's interval over runs, which holds the chance of training too.
+
+    Of a single run, its own. `n` stays the number of images of each.
+
+    Raises:
+        ValueError: none, or of different numbers of images.
+    """
+    if len({estimate.n for estimate in estimates}) != 1:
+        raise ValueError(f"runs of {[estimate.n for estimate in estimates]} images have no mean: measure all on as many")
+    if len(estimates) == 1:
+        return estimates[0]
+    values = np.array([estimate.value for estimate in estimates])
+    mean = float(values.mean())
+    arm = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    return Estimate(mean, (mean - arm, mean + arm), estimates[0].n)
+
+
+def mean(values: torch.Tensor) -> Estimate:
+    """The mean of one value an image, (N,), with 1.96 standard errors."""
+    centre, error = values.double().mean().item(), 1.96 * values.double().std().item() / len(values) ** 0.5
+    return Estimate(centre, (centre - error, centre + error), len(values))
+
+
+def share(count: int, of: int) -> Estimate:
+    """A share with its Wilson interval."""
+    interval = binomtest(count, of).proportion_ci(LEVEL, method="wilson")
+    return Estimate(count / of, (float(interval.low), float(interval.high)), of)
+
+
+def bootstrap(samples: torch.Tensor, seed: int, resamples: int) -> Iterator[torch.Tensor]:
+    """Draws of as many samples with replacement."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(resamples):
+        yield samples[torch.randint(len(samples), (len(samples),), generator=generator)]
+
+
+def around(value: float, draws: Sequence[float], n: int) -> Estimate:
+    """The value +- 1.96 standard deviations of its draws."""
+    error = 1.96 * float(np.std(draws))
+    return Estimate(value, (value - error, value + error), n)

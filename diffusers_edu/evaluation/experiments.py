@@ -1,0 +1,178 @@
+"""What the claims about each rung rest on, measured on its models: a figure by name, each an [`Estimate`].
+
+Images here are in [-1, 1] as the models see them, unless it says [0, 1], in which samples are measured.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from .estimates import Estimate, around, bootstrap, mean
+from .metrics import frechet_distance, two_sample_accuracy
+from .sampling import Step, decode, generators, sample, to_unit
+
+RESAMPLES = 50
+MIXTURE = 400  # codes at which the density of all codes together is evaluated
+
+
+def sharpness(images: torch.Tensor, reference: torch.Tensor) -> Estimate:
+    """The mean absolute difference of neighbouring pixels, over that of the reference: 1 as sharp as data, less is blur.
+
+    Both (N, C, H, W). A collapsed model's figure says how sharp its one image is.
+    """
+
+    def contrast(x: torch.Tensor) -> torch.Tensor:
+        return x.diff(dim=-1).abs().flatten(1).mean(1) + x.diff(dim=-2).abs().flatten(1).mean(1)
+
+    return mean(contrast(images)) * (1 / contrast(reference).mean().item())
+
+
+def from_mean(samples: torch.Tensor, train: torch.Tensor) -> Estimate:
+    """The root-mean-square distance of a sample to the mean training image, both in [0, 1]."""
+    return mean((samples - train.mean(0)).square().flatten(1).mean(1).sqrt())
+
+
+def operations(pipeline: Any, **kwargs: Any) -> Estimate:
+    """Floating-point operations of one sample, counted, in the matrix products and convolutions. `kwargs` go to the call."""
+    with FlopCounterMode(display=False) as counter:
+        sample(pipeline, 1, **kwargs)
+    count = float(counter.get_total_flops())
+    return Estimate(count, (count, count), 1)
+
+
+@dataclass
+class StageShares:
+    """What each stage of a stack did to one batch of samples.
+
+    Args:
+        levels: the stages, in the order of sampling.
+        change: the share of stage i in the sum of all root-mean-square changes of the image; they add up to 1.
+        diversity: the mean pixel standard deviation over the batch after stage i, over that of the data.
+    """
+
+    levels: list[int]
+    change: list[Estimate]
+    diversity: list[Estimate]
+
+    @property
+    def later_change(self) -> Estimate:
+        """The share of all stages but the first."""
+        value, (low, high) = self.change[0].value, self.change[0].interval
+        return Estimate(1 - value, (1 - high, 1 - low), self.change[0].n)
+
+
+def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float, seed: int = 0) -> StageShares:
+    """Measure what each stage did, from a record of many samples; intervals by the bootstrap over them.
+
+    Args:
+        steps: the record of a call, see [`sampling.trace`].
+        start: the noise that it started from.
+        data_std: the data's mean pixel standard deviation.
+        seed: of the bootstrap.
+    """
+    path = torch.stack([start, *(step.sample for step in steps)]).flatten(2)  # (1 + stages, B, d)
+    changes = path.diff(dim=0).square().mean(2)  # (stages, B)
+
+    def share_of_change(of: torch.Tensor) -> torch.Tensor:
+        root = of.mean(1).sqrt()
+        return root / root.sum()
+
+    def spread(of: torch.Tensor) -> torch.Tensor:
+        return of.std(1).mean(1) / data_std
+
+    def estimates(figure: Any, of: torch.Tensor) -> list[Estimate]:
+        draws = torch.stack([figure(draw.transpose(0, 1)) for draw in bootstrap(of.transpose(0, 1), seed, RESAMPLES)])
+        return [around(value, draws[:, i].tolist(), of.shape[1]) for i, value in enumerate(figure(of).tolist())]
+
+    return StageShares([step.timestep for step in steps], estimates(share_of_change, changes), estimates(spread, path[1:]))
+
+
+@dataclass
+class Mismatch:
+    """What a stack's stages are fed, and what comes of it where that is what they were trained on.
+
+    Args:
+        levels: the stages, in the order of sampling.
+        variance_fed: the variance over samples of the clean guess that stage i is fed (noised anew), over that of the data; the first
+            stage is fed none.
+        distance_on_digits: the Fréchet distance of samples whose chain starts at stage i, on real images noised to its level.
+    """
+
+    levels: list[int]
+    variance_fed: list[Estimate | None]
+    distance_on_digits: list[Estimate]
+
+
+@torch.no_grad()
+def stage_mismatch(model: Any, clean: torch.Tensor, held_out: torch.Tensor, seed: int = 0) -> Mismatch:
+    """Start a stack with fresh noise at each of its stages, from real images noised to its level, in place of guesses.
+
+    Args:
+        model: a `StackedDenoisingAutoencoder` with `fresh_noise`.
+        clean: real images to start from, as many as samples are measured of.
+        held_out: images in [0, 1] to measure against.
+        seed: of the noise.
+    """
+    levels = list(range(model.config.num_stages, 0, -1))
+    sources = generators(seed, 0, len(clean))
+
+    def noise() -> torch.Tensor:
+        return torch.stack([torch.randn(clean.shape[1:], generator=source) for source in sources]).to(model.device)
+
+    def variance(x: torch.Tensor) -> Estimate:
+        draws = [draw.var(0).mean().item() for draw in bootstrap(x.cpu(), seed, RESAMPLES)]
+        return around(x.var(0).mean().item(), draws, len(x))
+
+    distances: list[Estimate] = []
+    fed: list[Estimate | None] = []
+    data_variance = clean.var(0).mean().item()
+    for start in levels:
+        image = clean.to(model.device)
+        for level in range(start, 0, -1):
+            if start == levels[0]:
+                fed.append(None if level == start else variance(image) * (1 / data_variance))
+            image = model(model.corrupt(image, noise(), level), level).sample
+        distances.append(frechet_distance(to_unit(image).flatten(1), held_out.flatten(1), seed))
+    return Mismatch(levels, fed, distances)
+
+
+@torch.no_grad()
+def code_findings(vae: Any, train: torch.Tensor, held_out: torch.Tensor, count: int, seed: int = 0) -> dict[str, Estimate]:
+    """How the codes of real images lie beside N(0, I), and what they decode to.
+
+        E KL(q(z | x) || p(z)) = I(x; z) + KL(q(z) || p(z)),  q(z) = 1/N sum_n q(z | x_n)       Hoffman and Johnson 2016, eq. (9)
+
+    `rate`, `information` and `prior_gap`, these three, in nats, over the N training images; `codes_told_apart`, the nearest
+    neighbour's accuracy between codes and draws of N(0, I); `distance_of_codes`, the Fréchet distance of decoded codes to held-out
+    images; `reconstruction_error`, the root mean square over held-out images, of the grey range.
+
+    Args:
+        vae: see [`likelihood.autoencoder_bound`].
+        train: images trained on.
+        held_out: images that are not.
+        count: codes to decode, as many as samples are measured of, or all there are.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(train), generator=generator)
+    posterior = vae.encode(train[order].to(vae.device)).latent_dist
+    z = posterior.sample(generator)
+    density = [posterior.log_prob(code).logsumexp(0) for code in z[:MIXTURE, None]]  # at each code, of all posteriors
+    log_q = torch.stack(density).cpu().double() - math.log(len(train))
+    log_p = torch.distributions.Normal(0.0, 1.0).log_prob(z[:MIXTURE].cpu().double()).flatten(1).sum(1)
+    log_own = posterior.log_prob(z)[:MIXTURE].cpu().double()
+
+    codes = z[:count].cpu()
+    prior = torch.randn(codes.shape, generator=generator)
+    rebuilt = vae(held_out.to(vae.device)).sample.cpu()
+    return {
+        "rate": mean(posterior.kl().cpu()),
+        "information": mean(log_own - log_q),
+        "prior_gap": mean(log_q - log_p),
+        "codes_told_apart": two_sample_accuracy(prior.flatten(1), codes.flatten(1), seed),
+        "distance_of_codes": frechet_distance(decode(vae, codes).flatten(1), to_unit(held_out).flatten(1), seed),
+        "reconstruction_error": mean((rebuilt - held_out).square().flatten(1).mean(1)).root() * 0.5,
+    }
