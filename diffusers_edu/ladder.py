@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import active_children, get_context
 from pathlib import Path
@@ -21,6 +22,7 @@ from .rungs import RUNGS
 from .story import SHOWN, page
 from .training.configuration import TrainingConfig, write_text
 from .training.data import load_data
+from .training.launch import Preempted
 from .training.log import LOG_NAME
 
 # What one process does on its own, in this order; the longest first, so that none is left over at the end.
@@ -105,6 +107,8 @@ def work_through(plans: Sequence[dict[str, TrainingConfig]], num_samples: int) -
                 for measured in done.result():
                     runs[running[done]][measured.name] = measured
                     tqdm.write(f"{Path(measured.folder)}: {summary(measured)}")
+        except BrokenProcessPool as error:
+            raise UsageError("a process was ended from outside, or for want of memory; the same command goes on") from error
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
@@ -115,7 +119,10 @@ def work_through(plans: Sequence[dict[str, TrainingConfig]], num_samples: int) -
 
 def work(configs: dict[str, TrainingConfig], num_samples: int) -> list[Measured]:
     """What one process does at a time."""
-    return [train_and_measure(name, config, num_samples) for name, config in configs.items()]
+    try:
+        return [train_and_measure(name, config, num_samples) for name, config in configs.items()]
+    except Preempted as stopped:  # its checkpoint is saved; the pool would keep the process, to wait for more work
+        os._exit(stopped.status)
 
 
 def watch(futures: Sequence[Future] | dict, configs: Sequence[TrainingConfig]) -> Iterator[Future]:

@@ -114,8 +114,8 @@ def build_latent_diffusion(config: TrainingConfig, data: ImageData) -> Diffusion
             raise UsageError("--class_conditional: the data has no class labels")
         num_classes = len(data.class_names) + 1
     size = data.resolution // downsampling
-    # Two widths need an even size: the second works at half of it.
-    widths = (64, 64) if size % 2 == 0 else (64,)
+    # The second width works at half the size, which must be whole, and more than one place: a convolution there would see padding.
+    widths = (64, 64) if size % 2 == 0 and size > 2 else (64,)
     unet = build_unet(config, vae.config.latent_channels, size, widths, num_classes)
     return LatentDiffusionPipeline(vae, unet, build_scheduler(config, clip_sample=False))
 
@@ -153,7 +153,7 @@ RUNGS: dict[str, Rung] = {
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=False),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         limit="Its samples are all alike, as the first stage takes all the randomness away: a step of a lesson, no generator.",
-        defaults=dict(max_train_steps=300, train_batch_size=64, learning_rate=2e-3),
+        defaults=dict(max_train_steps=200, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=10,
     ),
     "noisy_stacked_dae": Rung(
@@ -162,7 +162,7 @@ RUNGS: dict[str, Rung] = {
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=True),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         limit="Its samples are blurred: each stage returns an average over the images that its input allows.",
-        defaults=dict(max_train_steps=1000, train_batch_size=64, learning_rate=2e-3),
+        defaults=dict(max_train_steps=700, train_batch_size=64, learning_rate=4e-3),
         num_inference_steps=10,
     ),
     "vae": Rung(
@@ -173,7 +173,7 @@ RUNGS: dict[str, Rung] = {
         objective=lambda pipeline, config, data: VariationalObjective(pipeline.vae, config.kl_weight),
         limit="Its samples are blurred, and codes from N(0, I) that fall into holes of the prior decode to no image of the data.",
         # Less than the bound's weight of 1: sharper images, more holes; the latent rung fills the holes.
-        defaults=dict(max_train_steps=700, train_batch_size=128, learning_rate=2e-3, ema_max_decay=0.99, kl_weight=0.2),
+        defaults=dict(max_train_steps=700, train_batch_size=64, learning_rate=2e-3, ema_max_decay=0.99, kl_weight=0.2),
     ),
     "ddpm": Rung(
         title="Denoising diffusion",
@@ -184,7 +184,7 @@ RUNGS: dict[str, Rung] = {
             pipeline.unet, pipeline.scheduler, snr_gamma=config.snr_gamma, bin_width=2 / data.max_value
         ),
         limit="It takes no labels and no prompts, and one call of its network for every step: slow, next to a model of one step.",
-        defaults=dict(max_train_steps=1400, train_batch_size=128, learning_rate=4e-3),
+        defaults=dict(max_train_steps=1400, train_batch_size=64, learning_rate=4e-3, adam_beta2=0.95),
         num_inference_steps=50,
     ),
     "latent_diffusion": Rung(

@@ -3,11 +3,15 @@
 import html
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 
+import psutil
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -286,3 +290,37 @@ def test_numbers_are_written_as_people_read_them():
     assert [number(x) for x in (4.6312, 0.1174, 0.00123, -0.00001)] == ["4.63", "0.117", "0.0012", "0.0000"]
     assert [decimal(x) for x in (24123.0, 0.487, 2.4e-9)] == ["24,000", "0.49", "2.4e-09"]
     assert Estimate(1.0, (0.5, 1.5), 10).as_json() == {"value": 1.0, "interval": [0.5, 1.5], "n": 10}
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--seeds", "0"], "--seeds 0: at least 1"),
+        (["--num_samples", "31"], "--num_samples 31: at least 32"),
+        (["--num_samples", "2000"], "the floor is of as many training images, of which there are 1257"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_before_the_first_step(flags, says, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["ladder", str(tmp_path / "out"), *flags])
+    assert stop.value.code == 2
+    assert says in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_ladder_that_is_stopped_takes_its_workers_with_it_and_they_save_a_checkpoint(tmp_path):
+    command = [sys.executable, "-m", "diffusers_edu.cli", "ladder", str(tmp_path), "--num_samples", "32"]
+    ladder = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "2"}, stderr=subprocess.DEVNULL)
+    try:
+        log, deadline = tmp_path / "ddpm" / "log.jsonl", time.monotonic() + 120
+        while not (log.exists() and log.read_bytes().count(b"\n") > 3) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        workers = psutil.Process(ladder.pid).children(recursive=True)
+        ladder.terminate()
+        assert ladder.wait(timeout=60) == 143
+    finally:
+        ladder.kill()
+    assert psutil.wait_procs(workers, timeout=10)[1] == []
+    assert list((tmp_path / "ddpm").glob("checkpoint-*"))
+    assert not (tmp_path / "results.json").exists()

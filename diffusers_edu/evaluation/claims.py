@@ -117,7 +117,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "What it returns from pure noise is the mean image.",
         ),
         Claim(
-            "The later stages have nothing left to do.",
+            "Then the later stages have nothing left to do.",
             [
                 Check("share of the change made by all later stages", figure("stacked_dae", "later_change"), below=0.1),
                 Check("the largest share of one of them", figure("stacked_dae", "largest_later_change"), below=0.05),
@@ -135,12 +135,12 @@ CLAIMS: dict[str, list[Claim]] = {
             "With new noise, each stage chooses anew among the digits that its input allows.",
         ),
         Claim(
-            "Its images are blurred.",
+            "Its samples are blurred: each stage returns an average.",
             [Check("sharpness (data: 1)", figure("noisy_stacked_dae", "sharpness"), below=0.95)],
-            "Each stage returns an average over those digits.",
+            "The average is over the digits that its input allows.",
         ),
         Claim(
-            "The stages do not fit together: each learned from noised digits and is fed noised guesses. It costs most of the distance.",
+            "Its stages do not fit together: each learned from noised digits and is fed noised guesses, which is most of the distance.",
             [
                 Check(
                     "variance of the guesses that the last stage is fed (data: 1)",
@@ -172,7 +172,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "The code is what is random, and its distribution is known.",
         ),
         Claim(
-            "They are blurred.",
+            "Samples of the autoencoder are blurred.",
             [Check("sharpness (data: 1)", figure("vae", "sharpness"), below=0.95)],
             "The decoder returns the mean of all digits that a code may stand for.",
         ),
@@ -230,7 +230,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "No step has to average over different digits: what is left open is decided by the noise of the next one.",
         ),
         Claim(
-            "It explains digits that it has not seen better than the autoencoder does.",
+            "It explains unseen digits better than the autoencoder does.",
             [Check("bits/dim gained on the autoencoder's bound of ten codes", figure("ddpm", "bits_gained"), above=0)],
             "Its bound adds up a thousand small steps, none of which has a wrong shape to make up for.",
         ),
@@ -248,7 +248,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "The decoder is the same, so the difference is the prior's.",
         ),
         Claim(
-            "It closes most of the gap between N(0, I) and the digits' own codes.",
+            "They close most of the gap between N(0, I) and the digits' own codes.",
             [
                 Check(
                     "Fréchet distance gained on N(0, I), less what is still missing to those codes",
@@ -263,7 +263,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "The diffusion has learned where the codes of digits lie.",
         ),
         Claim(
-            "As a prior, it explains unseen digits better than N(0, I) does.",
+            "As a prior, the diffusion explains unseen digits better than N(0, I) does.",
             [Check("bits/dim gained on the autoencoder's bound", figure("latent_diffusion", "bits_gained"), above=0)],
             "Where the digits' codes lie, it has more of its probability than N(0, I).",
         ),
@@ -279,7 +279,7 @@ CLAIMS: dict[str, list[Claim]] = {
             "A step works on the code, which has fewer places; the decoder runs once.",
         ),
         Claim(
-            "And it is as good.",
+            "A sample is as good as one of diffusion in pixels.",
             [Check("Fréchet distance gained on diffusion in pixels", gain("latent_diffusion", "ddpm"), above=0)],
             "Only where the decoder loses nothing that the distance sees.",
         ),

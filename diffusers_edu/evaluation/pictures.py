@@ -54,7 +54,7 @@ def forward_process(scheduler: Any, images: torch.Tensor, seed: int = 0) -> list
     axes.plot(alpha_bar, color=figures.ACCENT)
     axes.plot(1 - alpha_bar, color=figures.QUIET)
     axes.text(0.02, 0.86, r"$\bar\alpha_t$: image", color=figures.ACCENT, transform=axes.transAxes)
-    axes.text(0.72, 0.82, r"$1-\bar\alpha_t$: noise", color=figures.QUIET, transform=axes.transAxes)
+    axes.text(0.42, 0.93, r"$1-\bar\alpha_t$: noise", color=figures.QUIET, transform=axes.transAxes)
     axes.set(xlabel="timestep t", ylabel="share of the variance", ylim=(0, 1.02))
     figure_snr, axes = figures.chart("signal-to-noise ratio over the timesteps")
     axes.semilogy(snr.clamp(min=1e-12), color=figures.ACCENT)
