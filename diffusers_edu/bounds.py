@@ -23,6 +23,9 @@ from .training.data import ImageData
 CODES = (1, 10, 100, 1000)  # of the bounds of a VAE
 STEPS = (10, 50)  # of the chains whose bounds are measured
 TUNING = 0.2  # of the training images, on which the width of Parzen windows is chosen
+MOST = 1000  # images, at most, on which it is chosen, and which are explained by them
+ENCODED = 4096  # training images, at most, whose latents a variance is fitted to
+BATCH = 64  # images encoded at a time
 
 
 def likelihood(
@@ -38,18 +41,30 @@ def likelihood(
         codes: drawn for each image, of a VAE alone; see `autoencoder_bound`.
         seed: of the draws.
     """
+    if why_none(pipeline) is not None:
+        return None
     vae, unet = (pipeline.components.get(name) for name in ("vae", "unet"))
     bin_width = 2 / held_out.max_value
     x = everything(held_out).to(pipeline.device)
-    std = None if vae is None else getattr(vae, "log_sigma_x", None)
+    std = 0.0 if vae is None else vae.log_sigma_x.exp().item()
     if unet is None:
-        return None if std is None else autoencoder_bound(vae, x, std.exp().item(), bin_width, codes, seed)
-    if scheduler is None or (vae is not None and std is None):
-        return None
+        return autoencoder_bound(vae, x, std, bin_width, codes, seed)
     scheduler.set_timesteps(min(steps, len(scheduler)))
-    if std is None:
+    if vae is None:
         return diffusion_bound(unconditional(unet), scheduler, x, bin_width, seed=seed)
-    return latent_diffusion_bound(vae, unconditional(unet), scheduler, x, std.exp().item(), bin_width, seed=seed)
+    return latent_diffusion_bound(vae, unconditional(unet), scheduler, x, std, bin_width, seed=seed)
+
+
+def why_none(pipeline: Any) -> str | None:
+    """Why a pipeline has no likelihood; None where it has one."""
+    vae, unet, scheduler = (pipeline.components.get(name) for name in ("vae", "unet", "scheduler"))
+    if vae is None and unet is None:
+        return "denoising autoencoders give images no probability"
+    if vae is not None and getattr(vae, "log_sigma_x", None) is None:
+        return f"{type(vae).__name__} has no sigma_x: what it decodes to is no distribution over images"
+    if unet is not None and not hasattr(scheduler, "bound_term"):
+        return f"{type(scheduler).__name__} has no terms of a bound: EduDDPMScheduler.from_config(scheduler.config) has"
+    return None
 
 
 def chain(pipeline: Any, train: ImageData, variance: str = "analytic", seed: int = 0) -> Any:
@@ -57,17 +72,28 @@ def chain(pipeline: Any, train: ImageData, variance: str = "analytic", seed: int
 
     Its grid is spaced `trailing`: others end too near to the image for a step without a variance of its own.
     """
-    scheduler = pipeline.components.get("scheduler")
-    if not hasattr(scheduler, "bound_term"):
+    if why_none(pipeline) is not None or "scheduler" not in pipeline.components:
         return None
+    scheduler = pipeline.scheduler
     if variance != "analytic":
         return scheduler.from_config(scheduler.config, variance_type=variance, timestep_spacing="trailing")
-    samples = everything(train).to(pipeline.device)
-    if (vae := pipeline.components.get("vae")) is not None:
-        with torch.no_grad():
-            samples = scaled(vae, vae.encode(samples).latent_dist.sample(torch.Generator().manual_seed(seed)))
+    vae = pipeline.components.get("vae")
+    samples = everything(train) if vae is None else latents(vae, everything(any_of(train, ENCODED)), seed)
     fitted = fit_variance(pipeline, samples, seed=seed)
     return fitted.from_config(fitted.config, timestep_spacing="trailing")
+
+
+@torch.no_grad()
+def latents(vae: Any, images: torch.Tensor, seed: int) -> torch.Tensor:
+    """The scaled latents of images in [-1, 1], a draw of each."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = (images[start : start + BATCH].to(vae.device) for start in range(0, len(images), BATCH))
+    return torch.cat([scaled(vae, vae.encode(x).latent_dist.sample(generator)) for x in batches])
+
+
+def any_of(data: ImageData, count: int) -> ImageData:
+    """At most so many images, the same each time, in no order of theirs."""
+    return data.part(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
 
 
 def everything(data: ImageData) -> torch.Tensor:
@@ -85,10 +111,10 @@ def windows(samples: torch.Tensor | None, train: ImageData, held_out: ImageData,
         seed: of the choice of training images.
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
-    images, cut = everything(train)[order], max(1, round(TUNING * len(train)))
-    centres = images[cut:] if samples is None else samples * 2 - 1
-    x = everything(held_out)
-    nats, _ = parzen(centres[:count], images[:cut], x, 2 / held_out.max_value)
+    cut = max(1, round(TUNING * len(train)))
+    centres = everything(train.part(order[cut : cut + count])) if samples is None else samples * 2 - 1
+    tuning, x = everything(train.part(order[:cut][:MOST])), everything(any_of(held_out, MOST))
+    nats, _ = parzen(centres[:count], tuning, x, 2 / held_out.max_value)
     return in_bits(nats, x[0].numel())
 
 
@@ -96,14 +122,19 @@ def likelihoods(
     pipeline: Any, config: TrainingConfig, train: ImageData, held_out: ImageData, seed: int
 ) -> Iterator[dict[str, Any]]:
     """Every bound that a run has, each with how it was made, its parts, and its intervals; of a diffusion also what each timestep adds
-    to it, and the error there of the predicted x_0, and what a receiver of the progressive code has after each."""
-    variances = ["fixed_small", "fixed_large", "analytic", *([config.variance_type] if config.learns_variance else [])]
+    to it, and the error there of the predicted x_0, and what a receiver of the progressive code has after each. Where there is none,
+    why."""
+    if (reason := why_none(pipeline)) is not None:
+        yield {"none": reason}
+        return
     cases: list[tuple[dict[str, Any], Any]] = [({"codes": codes}, None) for codes in CODES]
-    if "unet" in pipeline.components:
+    if (unet := pipeline.components.get("unet")) is not None:
+        variances = ["fixed_small", "fixed_large", "analytic", *([config.variance_type] if config.learns_variance else [])]
         chains = {variance: chain(pipeline, train, variance, seed) for variance in variances}
-        cases = [({"variance": name, "steps": steps}, each) for name, each in chains.items() for steps in STEPS]
+        asked = {} if getattr(unet.config, "num_class_embeds", None) is None else {"class": "none"}
+        cases = [({"variance": name, "steps": steps, **asked}, each) for name, each in chains.items() for steps in STEPS]
     for case, scheduler in cases:
-        sizes = {name: value for name, value in case.items() if name != "variance"}
+        sizes = {name: case[name] for name in ("codes", "steps") if name in case}
         bound = likelihood(pipeline, held_out, scheduler, seed=seed, **sizes)
         if bound is not None:
             parts = {name: bound.estimate(part).as_json() for name, part in bound.parts.items()}

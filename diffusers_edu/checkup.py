@@ -18,7 +18,7 @@ from .evaluation.estimates import Estimate
 from .training.averages import warmed_up
 from .training.configuration import TrainingConfig
 
-LOOKED_AT = 256  # images, at most
+LOOKED_AT = 64  # images, at most
 
 
 def before_training(pipeline: Any, config: TrainingConfig, data: Any) -> list[Diagnosis]:

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+FEATURES = "of the figures: pixels, fashion-cnn, efficientnet-lite0 or inception (default: by size and colour)"
+
 
 class Parser(argparse.ArgumentParser):
     """An argument parser whose errors are one line."""
@@ -84,9 +86,7 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument("--num_samples", type=int, default=1000, help="samples to draw (default: 1000)")
     parser.add_argument("--num_inference_steps", type=int, help="sampling steps (default: the rung's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
-    parser.add_argument(
-        "--features", default="auto", help="pixels, fashion-cnn, efficientnet-lite0, inception (default: by size and colour)"
-    )
+    parser.add_argument("--features", default="auto", help=FEATURES)
     parser.add_argument(
         "--likelihood", action="store_true", help="bounds on the likelihood too, in nats and bits per dimension"
     )
@@ -151,6 +151,7 @@ def export_parser(command: str, description: str | None) -> Parser:
     parser.add_argument("--num_samples", type=int, default=1000, help="samples to measure for the card (default: 1000)")
     parser.add_argument("--num_inference_steps", type=int, help="sampling steps (default: the rung's own)")
     parser.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    parser.add_argument("--features", default="auto", help=FEATURES)
     parser.add_argument("--license", default="apache-2.0", help="of the weights (default: apache-2.0)")
     parser.add_argument("--train_data_dir", help="where the data is, if not where it was in training")
     parser.add_argument("--trust_remote_code", action="store_true", help="run the code that lies in the folder RUN")

@@ -13,7 +13,9 @@ from .checkup import after_training
 from .evaluation.claims import CLAIMS, Verdict, judge
 from .evaluation.diagnoses import Diagnosis
 from .evaluation.estimates import Estimate, over_seeds
-from .evaluation.experiments import (
+from .evaluation.features import make_features
+from .evaluation.likelihood import Bound, in_bits
+from .evaluation.mechanisms import (
     Mismatch,
     StageShares,
     code_findings,
@@ -23,8 +25,6 @@ from .evaluation.experiments import (
     stage_mismatch,
     stage_shares,
 )
-from .evaluation.features import make_features
-from .evaluation.likelihood import Bound, in_bits
 from .evaluation.metrics import Reference
 from .evaluation.sampling import Step, initial_noise, sample, trace
 from .rungs import RUNGS, configuration, train_rung
@@ -198,7 +198,9 @@ def conclude(train: ImageData, held_out: ImageData, seeds: list[int], runs: list
 def add_differences(run: dict[str, Measured]) -> None:
     """What one model explains the same images better by than another: image by image, as most of the spread is of the images."""
     vae, ddpm, latent = (run[name] for name in ("vae", "ddpm", "latent_diffusion"))
-    assert vae.bound and vae.tight_bound is not None and ddpm.bound and latent.bound
+    middle, full = run["vae_middle"].bound, run["vae_full"].bound
+    assert vae.bound and vae.tight_bound is not None and ddpm.bound and latent.bound and middle and full
+    run["vae_full"].figures["bits_gained"] = in_bits(middle.nats - full.nats, full.dimensions)
     ddpm.figures["bits_gained"] = in_bits(vae.tight_bound - ddpm.bound.nats, ddpm.bound.dimensions)
     latent.figures["bits_gained"] = in_bits(vae.bound.nats - latent.bound.nats, latent.bound.dimensions)
 

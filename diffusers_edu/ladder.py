@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -103,7 +103,7 @@ def work_through(plans: Sequence[dict[str, TrainingConfig]], num_samples: int) -
             configs = {name: plans[index][name] for name in names}
             running[pool.submit(work, configs, num_samples)] = index
         try:
-            for done in watch(running, [config for each in plans for config in each.values()]):
+            for done in watch(running, named(plans)):
                 for measured in done.result():
                     runs[running[done]][measured.name] = measured
                     tqdm.write(f"{Path(measured.folder)}: {summary(measured)}")
@@ -125,18 +125,25 @@ def work(configs: dict[str, TrainingConfig], num_samples: int) -> list[Measured]
         os._exit(stopped.status)
 
 
-def watch(futures: Sequence[Future] | dict, configs: Sequence[TrainingConfig]) -> Iterator[Future]:
+def watch(futures: Iterable[Future], configs: dict[str, TrainingConfig]) -> Iterator[Future]:
     """The jobs as they end, with a progress bar of all optimiser steps, read off the logs."""
-    left, total = set(futures), sum(config.max_train_steps for config in configs)
+    left, total = set(futures), sum(config.max_train_steps for config in configs.values())
     with tqdm(total=total, desc="training", unit="step") as bar:
         while left:
             done, left = wait(left, timeout=LOOK, return_when="FIRST_COMPLETED")
             yield from done
-            taken = {config: steps_taken(config) for config in map(Path, (config.output_dir for config in configs))}
+            taken = {name: steps_taken(Path(config.output_dir)) for name, config in configs.items()}
             bar.n = sum(taken.values())
-            under_way = [config for config in configs if 0 < taken[Path(config.output_dir)] < config.max_train_steps]
-            shown = ", ".join(f"{Path(c.output_dir).name} {taken[Path(c.output_dir)]}/{c.max_train_steps}" for c in under_way)
-            bar.set_postfix_str(shown or "measuring", refresh=True)
+            of = {name: f"{taken[name]}/{config.max_train_steps}" for name, config in configs.items()}
+            under_way = [f"{name} {of[name]}" for name in configs if 0 < taken[name] < configs[name].max_train_steps]
+            bar.set_postfix_str(", ".join(under_way) or "measuring")
+
+
+def named(plans: Sequence[dict[str, TrainingConfig]]) -> dict[str, TrainingConfig]:
+    """All configurations, by the name of the rung, and of its seed where there are several."""
+    if len(plans) == 1:
+        return plans[0]
+    return {f"{name} (seed {config.seed})": config for plan in plans for name, config in plan.items()}
 
 
 def steps_taken(folder: Path) -> int:

@@ -15,7 +15,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from .errors import UsageError, first_line
-from .evaluation.features import KINDS
+from .evaluation.features import KINDS, make_features
+from .evaluation.sharding import alone
 from .hub.card import CARD_NAME, PICTURE_NAME, SHOWN, Claim, Evidence, Subject, make_card, picture, read_card
 from .hub.export import INDEX, check_free, export, export_scheduler
 from .hub.publish import CLIENT_ERRORS, check_access, check_name, publish, reason, revision_of, without_secrets
@@ -38,6 +39,7 @@ def export_run(
     license: str = "apache-2.0",
     train_data_dir: str | None = None,
     trust_remote_code: bool = False,
+    features: str = "auto",
 ) -> None:
     """Write a run, or any saved pipeline, as a folder that others can load, with a card that holds the evidence.
 
@@ -52,6 +54,7 @@ def export_run(
         license: of the weights, an identifier.
         train_data_dir: where the data is, if not where it was.
         trust_remote_code: allow the code that lies in the folder `run` to be run, which a self-contained one needs.
+        features: what the figures are computed on; see [`features.make_features`].
 
     Raises:
         UsageError: nothing was written.
@@ -76,7 +79,8 @@ def export_run(
         if config is None:
             make_card_without_figures(subject, folder)
             return
-        measured = measure_pipeline(shipped, config, num_samples, num_inference_steps, seed)
+        with alone():  # of the processes of a training, one publishes
+            measured = measure_pipeline(shipped, config, num_samples, num_inference_steps, seed, features)
         claims = [
             Claim(name, estimate.value, estimate.interval, estimate.n, measured.floor[name].value)
             for name, estimate in measured.metrics.items()
@@ -283,9 +287,11 @@ def verify_card(
         print(error)
         return False
     kind = next((kind for kind in KINDS if stated.features.startswith(kind)), stated.features)
-    measured = measure_pipeline(pipeline, config, stated.num_samples, stated.num_inference_steps, stated.seed, kind)
-    if measured.features != stated.features:
-        raise UsageError(f"{repository}: its figures are on {stated.features}, and there is {measured.features} here")
+    there = make_features(kind, 1, 1).name  # a kind by its name, whatever the images
+    if there != stated.features:
+        raise UsageError(f"{repository}: its figures are on {stated.features}, and there is {there} here")
+    with alone():
+        measured = measure_pipeline(pipeline, config, stated.num_samples, stated.num_inference_steps, stated.seed, kind)
     return compare(stated.claims, measured.metrics)
 
 

@@ -255,6 +255,7 @@ def train_rung(config: TrainingConfig) -> Any:
         accelerator.print(describe(objective, data, config, accelerator))
         return pipeline
     steps = None if rung.num_inference_steps is None else min(rung.num_inference_steps, config.num_train_timesteps)
+    objective.to(accelerator.device)
     known = on_main(accelerator, lambda: before_training(pipeline, config, data))
     if accelerator.is_main_process:
         tell(known)

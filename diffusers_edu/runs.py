@@ -18,15 +18,17 @@ from .evaluation.estimates import Estimate
 from .evaluation.features import make_features
 from .evaluation.metrics import Reference
 from .evaluation.sampling import sample
+from .evaluation.sharding import by_one, is_shared
 from .rungs import RUNGS
 from .training.averages import synthesise
 from .training.checkpoints import write_pipeline
 from .training.configuration import CONFIG_NAME, TrainingConfig
 from .training.data import ImageData, load_data
-from .training.launch import check_processes, one_first
+from .training.launch import launched_processes, one_first
 from .training.trainer import batches_of
 
 FEWEST = 10  # samples that figures can be made of
+FEWEST_REAL = 6  # images of either kind: they are told by their five nearest
 STREAMED = 1000  # images of a stream that stand for it
 
 
@@ -70,9 +72,11 @@ def measure_pipeline(
     if num_samples < FEWEST:
         raise UsageError(f"--num_samples {num_samples}: at least {FEWEST} are needed")
     replace(config, seed=seed).validate()  # what a training refuses as a seed, a measurement does
-    train, held_out = one_first(PartialState(), lambda: load_data(config))
+    train, held_out = the_data(config)
     if config.streaming:
         train = train.head(STREAMED)
+    if min(len(train), len(held_out)) < FEWEST_REAL:
+        raise UsageError(f"{len(train)} images to train on and {len(held_out)} held out: figures take {FEWEST_REAL} of each")
     steps = RUNGS[config.rung].num_inference_steps
     if steps is not None:
         most = len(pipeline.scheduler) if "scheduler" in pipeline.components else None
@@ -120,9 +124,8 @@ def evaluate_runs(
         UsageError: a folder holds no run, or the runs have not the same data.
     """
     configs = [saved_configuration(run) for run in runs]
-    state = PartialState(cpu=not torch.accelerator.is_available())
-    check_processes(state.num_processes)
-    if len(runs) > 1 and len({held_out_of(config).fingerprint() for config in configs}) > 1:
+    state = launched_processes()
+    if len(runs) > 1 and len({the_data(config)[1].fingerprint() for config in configs}) > 1:
         raise UsageError("the runs were trained on different data, and figures of different data cannot be compared")
     first: Measurement | None = None
     for run, config in zip(runs, configs, strict=True):
@@ -134,8 +137,9 @@ def evaluate_runs(
         first = first or measured
 
 
-def held_out_of(config: TrainingConfig) -> ImageData:
-    return one_first(PartialState(), lambda: load_data(config))[1]
+def the_data(config: TrainingConfig) -> tuple[Any, ImageData]:
+    """As `load_data`; of several processes that share the work, one of each machine decodes, and the others read its cache."""
+    return one_first(PartialState(), lambda: load_data(config)) if is_shared() else load_data(config)
 
 
 def lines_of(
@@ -155,7 +159,7 @@ def lines_of(
         for found in likelihoods(pipeline, config, train, held_out, measured.seed):
             yield {"likelihood": found}
         both = {"samples": measured.samples, "training_images": None}
-        estimates = {name: windows(of, train, held_out, count, measured.seed) for name, of in both.items()}
+        estimates = by_one(lambda: {name: windows(of, train, held_out, count, measured.seed) for name, of in both.items()})
         yield {
             "parzen_bits_per_dim": {**as_json(estimates), "note": "no likelihood: see evaluation/parzen.py for what it misses"}
         }

@@ -29,7 +29,7 @@ def page(ladder: Ladder, facts: dict[str, str]) -> str:
     scheduler = load(ladder.rungs["ddpm"].folder).scheduler
     forward = pictures.forward_process(scheduler, signed(ladder.held_out, range(4)), ladder.seeds[0])
     real = figures.grid(ladder.held_out.images[:SHOWN], 16, "digits")
-    return render(sections, ladder.floor, real, overview, forward, facts)
+    return render(sections, ladder.floor, real, overview, forward, facts, len(ladder.seeds) > 1)
 
 
 def section(rung: Measured, ladder: Ladder) -> Section:
@@ -78,7 +78,7 @@ def of_stack(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
     assert rung.shares is not None
     steps, start = followed(rung, pipeline, ladder.seeds[0])
     drawn = [pictures.stage_chart(rung.shares, pipeline.model.config.fresh_noise)]
-    drawn += [] if rung.mismatch is None else [pictures.mismatch_chart(rung.mismatch)]
+    drawn += [] if rung.mismatch is None else [pictures.mismatch_chart(rung.mismatch, rung.figures["frechet_distance"])]
     return [*drawn, *pictures.reverse_process(start, steps, "stage")]
 
 

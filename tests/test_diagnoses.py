@@ -24,7 +24,7 @@ from diffusers_edu.evaluation.metrics import memorised
 from diffusers_edu.models.modeling_vae import GaussianPosterior
 from diffusers_edu.training.averages import warmed_up
 from diffusers_edu.training.configuration import TrainingConfig
-from diffusers_edu.training.data import load_digits
+from diffusers_edu.training.data import ImageData, load_digits
 
 
 def codes(std, scaling_factor=1.0, active=4):
@@ -96,9 +96,9 @@ def test_clipping_that_cuts_off_what_the_model_says():
 
 
 def test_copies():
-    train, held_out = torch.randn(500, 4), torch.randn(300, 4)
-    assert memorisation(memorised(torch.randn(1000, 4), train, held_out)) is None
-    found = memorisation(memorised(train + 1e-4, train, held_out))
+    train, held_out, fresh = (ImageData(torch.randint(256, (n, 1, 2, 2), dtype=torch.uint8)) for n in (500, 300, 1000))
+    assert memorisation(memorised(fresh.images, train, held_out)) is None
+    found = memorisation(memorised(train.images, train, held_out))
     assert "100% of 500" in found.measured and "--random_flip" in found.mend
 
 

@@ -358,3 +358,25 @@ def test_bounds_shared_out_over_processes_are_the_same_image_by_image(tmp_path):
     for mine, theirs in zip(one, two, strict=True):
         assert (mine[0] - theirs[0]).abs().max() <= 1e-3
         assert mine[1] is None or (mine[1] - theirs[1]).abs().max() <= 1e-3
+
+
+PUBLISHED = """
+import sys
+from pathlib import Path
+from diffusers_edu.cli import is_first
+from diffusers_edu.publishing import export_run
+from diffusers_edu.rungs import configuration, train_rung
+if __name__ == "__main__":
+    run = Path(sys.argv[1]) / "run"
+    train_rung(configuration("vae", dataset_name="digits", output_dir=str(run), max_train_steps=2, validation_steps=0))
+    if is_first():
+        export_run(run, Path(sys.argv[1]) / "out", "plugin", num_samples=20)
+"""
+
+
+@pytest.mark.slow
+def test_of_the_processes_of_a_training_one_measures_and_exports(tmp_path):
+    (tmp_path / "script.py").write_text(PUBLISHED)
+    done = launch(TWO["torchrun"](free_port()), str(tmp_path / "script.py"), str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "frechet distance" in (tmp_path / "out" / "README.md").read_text()

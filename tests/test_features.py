@@ -60,7 +60,6 @@ def test_pixels_are_the_pixels():
     images = random_images(5, 3, 6).double()
     pixels = make_features("pixels", 3, 6)
     assert pixels.name == "pixels"
-    assert not pixels.is_inception
     found = pixels(images, batch_size=2)
     assert found.dtype == torch.float32
     assert torch.equal(found, images.float().reshape(5, 108))
@@ -269,7 +268,6 @@ def test_inception_features_are_those_of_torch_fidelity(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "INCEPTION_SHA256", hashlib.sha256(path.read_bytes()).hexdigest())
     features = make_features("inception", 3, 32)
     assert features.name == "inception-v3-compat"
-    assert features.is_inception
     pixels = torch.randint(256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     found = features(pixels / 255, batch_size=3)
     assert found.shape == (4, 2048)

@@ -16,6 +16,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from markupsafe import escape
+from PIL import Image
 
 import diffusers_edu  # noqa: F401  (registers)
 from diffusers_edu.cli import main
@@ -233,9 +234,29 @@ def test_evaluate_tells_where_in_time_a_diffusions_bound_comes_from(ladder, caps
         assert sum(part["value"] for part in bound["parts"].values()) == pytest.approx(bound["nats"]["value"])
 
 
-def test_evaluate_refuses_to_compare_runs_on_different_data(ladder, tmp_path, capsys):
-    from PIL import Image
+def test_evaluate_says_why_there_is_no_likelihood(ladder, capsys):
+    main(["evaluate", str(ladder / "dae"), "--num_samples", "12", "--likelihood"])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    assert [line["likelihood"] for line in printed if "likelihood" in line] == [
+        {"none": "denoising autoencoders give images no probability"}
+    ]
 
+
+def test_evaluate_refuses_data_too_small_to_measure_on(tmp_path, capsys):
+    (tmp_path / "images").mkdir()
+    for i in range(8):
+        Image.effect_noise((8, 8), 50 + i).save(tmp_path / "images" / f"{i}.png")
+    run = str(tmp_path / "run")
+    main(
+        ["train", "--rung", "dae", "--train_data_dir", str(tmp_path / "images"), "--max_train_steps", "1", "--output_dir", run]
+    )
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", run, "--num_samples", "16"])
+    assert stop.value.code == 2
+    assert "figures take 6 of each" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_to_compare_runs_on_different_data(ladder, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     for i in range(20):
         Image.effect_noise((8, 8), 50 + i).save(tmp_path / "images" / f"{i}.png")

@@ -1,14 +1,12 @@
 """The figures against closed forms and cases whose answer is known."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from diffusers_edu.evaluation.experiments import sharpness
+from diffusers_edu.evaluation.mechanisms import sharpness
 from diffusers_edu.evaluation.metrics import (
     Precomputed,
     Reference,
@@ -22,7 +20,7 @@ from diffusers_edu.evaluation.metrics import (
     some,
     two_sample_accuracy,
 )
-from diffusers_edu.training.data import load_digits
+from diffusers_edu.training.data import ImageData, load_digits
 
 
 def normal(n: int, d: int = 4, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -116,12 +114,33 @@ def test_two_samples_of_one_distribution_cannot_be_told_apart():
     assert two_sample_accuracy(data + 1e-6, data).value == 0  # copies
 
 
-def test_copies_are_found_and_other_samples_are_not():
-    train, held_out = normal(500), normal(300, seed=1)
-    fresh = memorised(normal(2000, seed=2), train, held_out)
+def grey(count: int, seed: int, size: int = 8, classes: int | None = None) -> ImageData:
+    """Images of noise; with classes, which differ in their brightness."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels, labels = torch.rand((count, 1, size, size), generator=generator), None
+    if classes:
+        labels = torch.randint(classes, (count,), generator=generator)
+        pixels = (labels.reshape(-1, 1, 1, 1) + pixels) / classes
+    return ImageData((pixels * 255).round().to(torch.uint8), 255, labels)
+
+
+def test_copies_are_found_and_other_samples_are_not(monkeypatch):
+    monkeypatch.setattr("diffusers_edu.evaluation.metrics.CHUNK", 128)
+    train, held_out = grey(500, 0, size=2), grey(300, 1, size=2)
+    fresh = memorised(grey(2000, 2, size=2).images, train, held_out)
     assert fresh.value == pytest.approx(0.05, abs=0.03)
-    copies = memorised(torch.cat([train[:100] + 1e-4, normal(300, seed=2)]), train, held_out)
+    copies = memorised(torch.cat([train.images[400:], grey(300, 2, size=2).images]), train, held_out)
     assert copies.value == pytest.approx(0.25 + 0.75 * 0.05, abs=0.04)
+    assert memorised(train.images, train, held_out).value == 1
+
+
+def test_copies_are_found_beyond_the_images_that_features_are_made_of_and_among_duplicates(monkeypatch):
+    monkeypatch.setattr("diffusers_edu.evaluation.metrics.MOST", 50)
+    train, held_out = grey(500, 0), grey(60, 1)
+    assert Reference(train, held_out, flat).measure(train.images[::3])["memorised"].value == 1
+    doubles = ImageData(torch.cat([held_out.pixels, train.pixels[:30]]))  # a third of the held-out images were trained on
+    assert memorised(train.images[100:200], train, doubles).value == 1
+    assert memorised(grey(100, 2).images, train, doubles).value == 0
 
 
 def test_diversity_is_the_ratio_of_standard_deviations():
@@ -144,12 +163,8 @@ def test_shapes_that_do_not_fit_and_values_that_are_not_finite_are_refused():
         measure(normal(20) * float("nan"), normal(20))
 
 
-def images(count, seed, classes=3):
-    """Images of classes that differ in their brightness, with labels."""
-    generator = torch.Generator().manual_seed(seed)
-    labels = torch.randint(classes, (count,), generator=generator)
-    pixels = (labels.reshape(-1, 1, 1, 1) + torch.rand((count, 1, 4, 4), generator=generator)) / classes
-    return SimpleNamespace(images=pixels, labels=labels)
+def images(count, seed):
+    return grey(count, seed, size=4, classes=3)
 
 
 def flat(x):
@@ -177,7 +192,7 @@ def test_samples_of_one_class_teach_that_class():
 
 
 def test_without_classes_no_classifier_is_taught():
-    train, held_out = (SimpleNamespace(images=images(60, seed).images, labels=None) for seed in (0, 1))
+    train, held_out = grey(60, 0, size=4), grey(60, 1, size=4)
     reference = Reference(train, held_out, flat)
     assert "train_on_synthetic" not in reference.measure(images(50, 2).images)
     assert "train_on_synthetic" not in reference.floor(50)
@@ -194,8 +209,8 @@ def test_the_floor_is_of_as_many_images_as_there_are_samples():
 def test_of_many_images_the_same_ten_thousand_are_taken(monkeypatch):
     monkeypatch.setattr("diffusers_edu.evaluation.metrics.MOST", 50)
     data = images(300, 0)
-    (first, labels), (again, _) = some(data), some(data)
-    assert len(first) == len(labels) == 50
-    assert torch.equal(first, again)
-    index = (data.images.flatten(1) == first[7].flatten()).all(1).nonzero().item()
-    assert data.labels[index] == labels[7]
+    first, again = some(data), some(data)
+    assert len(first) == len(first.labels) == 50
+    assert torch.equal(first.pixels, again.pixels)
+    index = (data.pixels.flatten(1) == first.pixels[7].flatten()).all(1).nonzero().item()
+    assert data.labels[index] == first.labels[7]

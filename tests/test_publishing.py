@@ -127,6 +127,14 @@ def test_code_is_not_run_unasked(exported):
         verify_card(str(exported))
 
 
+def test_figures_on_other_features_are_not_held_against_ours(exported):
+    path = exported / "README.md"
+    assert "features: pixels" in path.read_text()
+    path.write_text(path.read_text().replace("features: pixels", "features: fashion-cnn-00000000"))
+    with pytest.raises(UsageError, match="on fashion-cnn-00000000, and there is fashion-cnn-"):
+        verify_card(str(exported), trust_remote_code=True)
+
+
 @pytest.mark.parametrize("damage, message", [
     (lambda folder: (folder / "README.md").unlink(), "has no README.md"),
     (lambda folder: (folder / "training_config.json").unlink(), r"has no training_config\.json"),
@@ -164,7 +172,7 @@ def test_figures_are_compared_with_the_stated_interval(capsys):
 @pytest.mark.parametrize("steps", [None, 50])
 def test_a_card_reads_back_what_was_written(tmp_path, steps):
     claims = [Claim("frechet_distance", 0.1234565, (-0.5, 1.5), 100, 0.07), Claim("recall", 1.0, (0.9, 1.0), 540, 0.9)]
-    evidence = Evidence(claims, "my images", 540, 100, steps, 3)
+    evidence = Evidence(claims, "my images", 540, 100, steps, 3, "fashion-cnn-12345678")
     subject = Subject("A title", "", "plugin", "me/it", "v-1", "DDPMPipeline", limits=["Nothing."])
     make_card(subject, evidence, 8).save(tmp_path / "README.md")
     form, read = read_card(tmp_path / "README.md")
@@ -172,6 +180,15 @@ def test_a_card_reads_back_what_was_written(tmp_path, steps):
     assert dataclasses.replace(read, claims=[]) == dataclasses.replace(evidence, claims=[])
     assert [claim.name for claim in read.claims] == ["frechet_distance", "recall"]
     assert read.claims[0].value == pytest.approx(0.1234565, rel=1e-5)
+    assert "The features are fashion-cnn-12345678: this Fréchet distance is not FID" in (tmp_path / "README.md").read_text()
+
+
+def test_only_with_inception_is_the_distance_called_fid(tmp_path):
+    evidence = Evidence(
+        [Claim("frechet_distance", 12.3, (12.0, 12.6), 100, 2.0)], "my images", 540, 100, 50, 3, "inception-v3-compat"
+    )
+    make_card(Subject("A title", "", "plugin", "me/it", "v-1", "DDPMPipeline"), evidence, 8).save(tmp_path / "README.md")
+    assert "with which the Fréchet distance is FID" in (tmp_path / "README.md").read_text()
 
 
 @pytest.mark.parametrize("mode, size", [("L", 8), ("RGB", 100)])

@@ -4,7 +4,7 @@ A diagnosis looks at one thing and returns None where that is well. The threshol
 reported is far from what a healthy run shows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,7 @@ SCALE = (0.8, 1.25)  # of the standard deviation of latents
 SIGNAL_LEFT = 0.05  # alpha_bar_T: more leaves over a fifth of the image in x_T
 OLD = 0.4  # of a run, the mean age of averaged weights
 BEYOND, OFTEN = 0.1, 0.02  # a predicted x_0 outside its range by a tenth of it, and the share of such values
+BATCH = 16  # images encoded at a time
 COPIES = 0.1  # the share of samples suspiciously near to an image trained on; 0.05 where nothing is memorised
 
 
@@ -47,7 +48,7 @@ def posterior_collapse(vae: Any, images: torch.Tensor) -> Diagnosis | None:
     """Whether codes say nothing of their images (N, C, H, W), in [-1, 1]; Bowman et al. 2016, section 3.1. One image cannot tell."""
     if len(images) < 2:
         return None
-    means = vae.encode(images.to(vae.device)).latent_dist.mean.flatten(1)
+    means = torch.cat([posterior.mean for posterior in posteriors(vae, images)]).flatten(1)
     active, count = int((means.var(0) > ACTIVE).sum()), means.shape[1]
     if active > FEW_ACTIVE * count:
         return None
@@ -61,7 +62,8 @@ def posterior_collapse(vae: Any, images: torch.Tensor) -> Diagnosis | None:
 @torch.no_grad()
 def latent_scale(vae: Any, images: torch.Tensor, seed: int = 0) -> Diagnosis | None:
     """Whether the latents that a diffusion is trained on have a standard deviation near 1; Rombach et al. 2022, appendix G."""
-    z = vae.encode(images.to(vae.device, vae.dtype)).latent_dist.sample(torch.Generator().manual_seed(seed)).float()
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.cat([posterior.sample(generator) for posterior in posteriors(vae, images)]).float()
     scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
     std = ((z - shift) * scale).std().item()
     if SCALE[0] <= std <= SCALE[1]:
@@ -71,6 +73,12 @@ def latent_scale(vae: Any, images: torch.Tensor, seed: int = 0) -> Diagnosis | N
         f"the scaled latents have a standard deviation of {std:.3g}, so that the noise levels mean something else than for images",
         f"vae.register_to_config(scaling_factor={scale / std:.5g}) and save it, before the diffusion is trained",
     )
+
+
+def posteriors(vae: Any, images: torch.Tensor) -> Iterator[Any]:
+    """q(z | x) of images, a few at a time."""
+    for x in images.split(BATCH):
+        yield vae.encode(x.to(vae.device, vae.dtype)).latent_dist
 
 
 def signal_left(scheduler: Any) -> Diagnosis | None:

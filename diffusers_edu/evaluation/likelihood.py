@@ -218,7 +218,7 @@ def latent_diffusion_bound(
     y = whole(codes).to(images.device)
     prior = diffusion_bound(model, scheduler, y, None, draws, seed + 1, batch_size)
     scale = torch.full((len(y),), -y[0].numel() * math.log(vae.config.scaling_factor), dtype=torch.float64)
-    parts = {"reconstruction": whole(reconstruction), "posterior": whole(log_q), **prior.parts, "scale": scale.cpu()}
+    parts = {"reconstruction": whole(reconstruction), "posterior": whole(log_q), **prior.parts, "scale": scale}
     return Bound(parts, images[0].numel(), prior.timesteps, prior.terms, prior.squared_errors)
 
 

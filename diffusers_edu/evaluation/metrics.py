@@ -17,9 +17,11 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from .estimates import Estimate, around, bootstrap, share
-from .sharding import my_part, whole
+from .sharding import by_one, my_part, whole
 
 MOST = 10_000  # images that samples are held against
+ROUNDING = 1e-6  # of a distance of 0
+CHUNK = 5_000  # images between which and others distances are taken at a time
 
 
 class Precomputed(nn.Module):
@@ -36,21 +38,22 @@ class Precomputed(nn.Module):
 class Reference:
     """What samples are held against: images held out and images trained on, by their features; 10,000 of each, where there are more.
 
+    Under `accelerate launch` features are shared out over the processes, each of which must ask as often as the others.
+
     Args:
-        train, held_out: with `images`, float (N, C, H, W) in [0, 1], and `labels`, int64 (N,) or None.
+        train, held_out: with a length, `images`, float (N, C, H, W) in [0, 1], `labels`, int64 (N,) or None, and `part(indices)`.
         features: (N, C, H, W) in [0, 1] to (N, d); see [`features.make_features`].
         seed: of the bootstrap and the subsets.
     """
 
     def __init__(self, train: Any, held_out: Any, features: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
-        self.features, self.seed = features, seed
-        (images, self.labels), (images_held_out, self.held_out_labels) = map(some, (train, held_out))
-        self.train, self.held_out = self.of(images), self.of(images_held_out)
-        if self.labels is not None:
-            self.judge = classifier(self.train, self.labels)
+        self.features, self.seed, self.everything = features, seed, train
+        train, self.data = some(train), some(held_out)
+        self.train, self.held_out = self.of(train.images), self.of(self.data.images)
+        self.labels, self.held_out_labels = train.labels, self.data.labels
 
     def of(self, images: torch.Tensor) -> torch.Tensor:
-        """Their features, shared out over the processes of a launch."""
+        """Their features."""
         mine = my_part(len(images))
         return whole([self.features(images[mine.start : mine.stop])] if mine else [])
 
@@ -58,7 +61,8 @@ class Reference:
         """Every figure of samples, float (N, C, H, W) in [0, 1].
 
         `train_on_synthetic` is among them where the data has classes: `labels`, int64 (N,), of samples that have one; else they are
-        labelled by a judge, a classifier trained on the training images.
+        labelled by a judge, a classifier trained on the training images. `memorised` is of pixels, whatever the features, and of all
+        training images.
 
         Raises:
             ValueError: samples of another shape, or with values that are not finite.
@@ -66,31 +70,33 @@ class Reference:
         if not bool(samples.isfinite().all()):
             raise ValueError("the samples hold values that are not finite")
         features = self.of(samples)
-        figures = measure(features, self.held_out, self.seed) | self.lesson(features, labels)
-        figures["memorised"] = memorised(features, self.train, self.held_out)
-        return figures
+
+        def figures() -> dict[str, Estimate]:
+            found = measure(features, self.held_out, self.seed) | self.lesson(features, labels)
+            return {**found, "memorised": memorised(samples, self.everything, self.data)}
+
+        return by_one(figures)
 
     def floor(self, count: int) -> dict[str, Estimate]:
         """The figures of as many training images in the place of samples, or of all where they are fewer: what a model can hope for."""
         chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))[:count]
         real, labels = self.train[chosen], None if self.labels is None else self.labels[chosen]
-        return measure(real, self.held_out, self.seed) | self.lesson(real, labels)
+        return by_one(lambda: measure(real, self.held_out, self.seed) | self.lesson(real, labels))
 
     def lesson(self, features: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Estimate]:
         """`train_on_synthetic`, where the data has classes."""
         if self.labels is None or self.held_out_labels is None:
             return {}
         if labels is None:
-            labels = torch.from_numpy(self.judge.predict(features.numpy()))
+            labels = torch.from_numpy(classifier(self.train, self.labels).predict(features.numpy()))
         return {"train_on_synthetic": train_on_synthetic(features, labels, self.held_out, self.held_out_labels)}
 
 
-def some(data: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The images and labels of a data set, or of the same 10,000 of them each time."""
-    if len(data.images) <= MOST:
-        return data.images, data.labels
-    chosen = torch.randperm(len(data.images), generator=torch.Generator().manual_seed(0))[:MOST].sort().values
-    return data.images[chosen], None if data.labels is None else data.labels[chosen]
+def some(data: Any) -> Any:
+    """A data set, or the same 10,000 images of it each time."""
+    if len(data) <= MOST:
+        return data
+    return data.part(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:MOST].sort().values)
 
 
 def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> dict[str, Estimate]:
@@ -232,12 +238,25 @@ def two_sample_accuracy(samples: torch.Tensor, reference: torch.Tensor, seed: in
     return share(int((is_sample == is_sample[neighbours]).sum()), 2 * count)
 
 
-def memorised(samples: torch.Tensor, train: torch.Tensor, held_out: torch.Tensor) -> Estimate:
-    """The share of samples nearer to an image of the training data than all but 5 % of held-out images are: 0.05 where nothing is
-    memorised, 1 where all is copied. A Wilson interval."""
-    to_train = NearestNeighbors(n_neighbors=1).fit(train.numpy())
-    usual, distances = (to_train.kneighbors(x.numpy())[0][:, 0] for x in (held_out, samples))
-    return share(int((distances < np.quantile(usual, 0.05)).sum()), len(samples))
+def memorised(samples: torch.Tensor, train: Any, held_out: Any) -> Estimate:
+    """The share of samples nearer to an image of the training data, pixel by pixel, than all but 5 % of held-out images are: 0.05 where
+    nothing is memorised, 1 where all is copied. A Wilson interval.
+
+    Args:
+        samples: float (N, C, H, W) in [0, 1].
+        train, held_out: as in [`Reference`]; all of the first are looked at.
+    """
+    usual, distances = (nearest(images, train) for images in (held_out.images, samples))
+    return share(int((distances <= usual.quantile(0.05) + ROUNDING).sum()), len(samples))
+
+
+def nearest(images: torch.Tensor, data: Any) -> torch.Tensor:
+    """The distance of each image to the nearest of a data set, float64 (N,)."""
+    points, closest = images.flatten(1).double(), torch.full((len(images),), torch.inf, dtype=torch.float64)
+    for start in range(0, len(data), CHUNK):
+        others = data.part(range(start, min(start + CHUNK, len(data)))).images.flatten(1).double()
+        closest = torch.minimum(closest, torch.cdist(points, others).amin(1))
+    return closest
 
 
 def within_balls(points: torch.Tensor, manifold: torch.Tensor, k: int) -> torch.Tensor:

@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from . import figures
 from .estimates import Estimate
-from .experiments import Mismatch, StageShares
 from .likelihood import Bound
+from .mechanisms import Mismatch, StageShares
 from .sampling import Step, decode, to_unit
 
 COLUMNS = 11  # of a strip
@@ -143,8 +143,8 @@ def stage_chart(shares: StageShares, fresh_noise: bool) -> Picture:
     return Picture("What each stage does", caption, figures.readout(figure, labels, "stage"))
 
 
-def mismatch_chart(mismatch: Mismatch) -> Picture:
-    """What the stages are fed, and the distance where the chain starts from real images instead."""
+def mismatch_chart(mismatch: Mismatch, own: Estimate) -> Picture:
+    """What the stages are fed, and the distance where the chain starts from real images instead; `own` is that of the samples."""
     figure, axes = figures.chart("Fréchet distance by the stage at which noised digits are put in", height=2.8)
     names = [str(level) for level in mismatch.levels]
     distances = [estimate.value for estimate in mismatch.distance_on_digits]
@@ -154,13 +154,13 @@ def mismatch_chart(mismatch: Mismatch) -> Picture:
     axes.set(xlabel="stage, in the order of sampling", ylim=(0, 1.35 * max(*distances, *fed)))
     axes.legend(fontsize=8, loc="upper left")
     labels = [
-        f"stage {name}: {'starts from noise' if guess is None else f'is fed guesses of {guess.value:.0%} of the variance'}; on noised "
-        f"digits, the chain from here reaches {distance:.3f}"
+        f"stage {name}: {'no guess' if guess is None else f'guesses of {guess.value:.0%} of the variance'}; started here on noised "
+        f"digits, the stack reaches {distance:.3f}"
         for name, guess, distance in zip(names, mismatch.variance_fed, distances, strict=True)
     ]
     caption = (
-        f"Started at stage {names[-1]} on noised digits, as it was trained, the stack reaches a distance of {distances[-1]:.2f}; with "
-        f"what the stages before hand on, {distances[0]:.2f}. Their guesses are means, which vary less than digits."
+        f"Started at stage {names[-1]} on noised digits, as it was trained, the stack reaches a distance of {distances[-1]:.2f}; fed "
+        f"what the stages before it hand on, {own.value:.2f}. Those guesses have {fed[-1]:.0%} of the variance of digits."
     )
     return Picture("What each stage is fed", caption, figures.readout(figure, labels, "stage"))
 
@@ -185,7 +185,7 @@ def bound_pictures(bound: Bound) -> list[Picture]:
     by_timestep = Picture(
         "The bound, step by step",
         f"{bound.bits_per_dim().value:.2f} bits/dim in all, of which the {len(terms) // 5} steps next to the image take "
-        f"{near / total:.0%}: there the last, faint detail is paid for.",
+        f"{near / total:.0%}.",
         figures.readout(figure, labels, "timestep"),
     )
     figure, axes = figures.chart(
@@ -196,7 +196,7 @@ def bound_pictures(bound: Bound) -> list[Picture]:
     axes.set(xlabel="timestep, the noisiest first", ylabel="error of x₀, squared")
     denoising = Picture(
         "The denoising loss, step by step",
-        "How much of the image is still unknown at each timestep: from all of it, on the left, to next to nothing.",
+        "How much of the image is still unknown to the network at each timestep.",
         figures.svg(figure),
     )
     figure, axes = figures.chart(
@@ -208,7 +208,7 @@ def bound_pictures(bound: Bound) -> list[Picture]:
     half = f" Half of its error is gone after {halved[0]:.2f} bits/dim." if halved else ""
     progressive = Picture(
         "An image sent through it",
-        f"A receiver of x_T, x_T-1, ... guesses the image at every step.{half} What is large comes first.",
+        f"A receiver of x_T, x_T-1, ... guesses the image at every step.{half}",
         figures.svg(figure),
     )
     return [by_timestep, denoising, progressive]
@@ -227,12 +227,12 @@ def trade_off(weights: list[float], found: list[dict[str, Estimate]]) -> Picture
     axes.minorticks_off()
     axes.set(xlabel="weight of the KL term", ylabel="Fréchet distance", ylim=(0, None))
     axes.legend(fontsize=8)
-    gaps = ", ".join(f"{each['prior_gap'].value:.0f}" for each in found)
+    told = ", ".join(f"{each['codes_told_apart'].value:.0%}" for each in found)
     errors = ", ".join(f"{each['reconstruction_error'].value:.3f}" for each in found)
     weight_names = ", ".join(f"{weight:g}" for weight in weights)
     caption = (
-        f"With weights of {weight_names}, the digits' codes together are {gaps} nats from N(0, I), and the error of reconstructions is "
-        f"{errors}. What closes the gap costs detail."
+        f"With weights of {weight_names}, {told} of codes and draws of N(0, I) are told apart (alike: 50%), and the error "
+        f"of reconstructions is {errors}. Trained on a quarter of the images of the rung itself."
     )
     return Picture("The weight of the KL term", caption, figures.svg(figure))
 

@@ -67,6 +67,7 @@ def render(
     overview: Markup,
     forward: Sequence[Picture],
     facts: dict[str, str],
+    several: bool = False,
 ) -> str:
     """The page as HTML.
 
@@ -77,11 +78,20 @@ def render(
         overview: a chart of all rungs.
         forward: pictures of the forward process of diffusion.
         facts: short labelled facts of the run; `folder` is where its pipelines lie.
+        several: whether figures are of several seeds.
     """
     loader = PackageLoader(__package__, "")
     environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     environment.filters["number"] = number
+    environment.filters["sentence"] = lambda text: text[:1].upper() + text[1:]
     template = environment.get_template("report.html")
     return template.render(
-        sections=sections, floor=floor, real=real, overview=overview, forward=forward, facts=facts, figures=FIGURES
+        sections=sections,
+        floor=floor,
+        real=real,
+        overview=overview,
+        forward=forward,
+        facts=facts,
+        figures=FIGURES,
+        several=several,
     )

@@ -96,7 +96,7 @@ def encode_data(vae: Any, data: ImageData, flip: bool, batch_size: int, accelera
         for start in tqdm(starts, desc="encoding images", leave=False, disable=len(starts) < 20):
             images = data.batch(list(range(start, min(start + batch_size, len(data)))))["images"].to(accelerator.device)
             parts.append([part.cpu() for part in moments(vae, images.flip(-1) if flipped else images)])
-        mean, scale = (torch.cat(part) for part in zip(*parts, strict=True))
+        mean, scale = (torch.cat(part).contiguous() for part in zip(*parts, strict=True))
         return {"latent_mean": mean, "latent_scale": scale}
 
     upright = one_first(accelerator, lambda: cached("latents", *key, "upright", make=lambda: encode(False)))

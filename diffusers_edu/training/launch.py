@@ -192,6 +192,17 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def launched_processes() -> PartialState:
+    """The processes of a launch that trains nothing.
+
+    Raises:
+        UsageError: they are not as many as it asked for.
+    """
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    check_processes(state.num_processes)
+    return state
+
+
 def check_processes(running: int) -> None:
     """Raise a `UsageError` where the launch asked for another number of processes than there are."""
     asked_for = processes_asked_for()
