@@ -207,7 +207,8 @@ def test_evaluate_prints_the_bounds_and_by_how_much_runs_differ(ladder, capsys, 
     monkeypatch.setattr("diffusers_edu.bounds.CODES", (1, 5, 25))  # 1,000 take their time
     main(["evaluate", *(str(ladder / name) for name in ("vae", "noisy_stacked_dae")), "--num_samples", "20", "--likelihood"])
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    bounds = [line["likelihood"] for line in printed if "likelihood" in line]
+    *bounds, of_the_stack = (line["likelihood"] for line in printed if "likelihood" in line)
+    assert of_the_stack == {"none": "denoising autoencoders give images no probability"}
     assert [bound["codes"] for bound in bounds] == [1, 5, 25]
     values = [bound["bits_per_dim"]["value"] for bound in bounds]
     assert values == sorted(values, reverse=True)  # more codes, a tighter bound

@@ -3,11 +3,16 @@
 import io
 import itertools
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -333,14 +338,29 @@ def test_images_are_grey_where_all_of_the_first_are_grey_and_rgb_otherwise(tmp_p
 
 
 def test_a_source_without_images_is_refused(tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"caption": ["a", "b"]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match="no column of images"):
         stream(tmp_path)
     with pytest.raises(UsageError, match="there is no such folder"):
         stream(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("end", ["rows.close()", "pass"])
+def test_a_process_ends_that_did_not_read_a_parquet_file_to_its_end(end, tmp_path):
+    groups = [{"image": [{"bytes": os.urandom(20_000), "path": None}] * 100}] * 10
+    with pq.ParquetWriter(tmp_path / "a.parquet", pa.table(groups[0]).schema) as writer:
+        for group in groups:  # the library's own reading of several of them ends in an abort, or never
+            writer.write_table(pa.table(group))
+    script = f"""
+from diffusers_edu.training.configuration import TrainingConfig
+from diffusers_edu.training.sources import open_dataset
+train, _ = open_dataset(TrainingConfig(train_data_dir={str(tmp_path)!r}, streaming=True, resolution=8))
+rows = train.iter(batch_size=4)
+print(len(next(rows)["image"][0]["bytes"]))
+{end}
+"""
+    done = subprocess.run([sys.executable, "-c", script], timeout=120, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "20000\n"), done.stderr
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:

@@ -1,7 +1,8 @@
 """Where images come from: a named data set, a folder, parquet files; and which of their columns are which."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from ..errors import UsageError, first_line
 from .configuration import TrainingConfig
 
+READ_AT_ONCE = 32  # rows of a stream
 HELD_OUT_NAMES = ("test", "validation", "valid", "val")
 
 
@@ -28,13 +30,14 @@ def open_dataset(config: TrainingConfig) -> tuple[Any, Any]:
     datasets.disable_progress_bars()
     try:
         if config.train_data_dir is None:
-            loaded = datasets.load_dataset(config.dataset_name, config.dataset_config_name, streaming=config.streaming)
+            source = (config.dataset_name, config.dataset_config_name)
+            loaded = stream(*source) if config.streaming else datasets.load_dataset(*source)
         else:
             folder = Path(config.train_data_dir)
             if not folder.is_dir():
                 raise UsageError(f"--train_data_dir {folder}: there is no such folder")
             kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
-            loaded = datasets.load_dataset(kind, data_dir=str(folder), streaming=config.streaming)
+            loaded = (stream if config.streaming else datasets.load_dataset)(kind, data_dir=str(folder))
     except UsageError:
         raise
     except Exception as error:  # the library raises many kinds; each means that there is nothing to train on
@@ -43,6 +46,36 @@ def open_dataset(config: TrainingConfig) -> tuple[Any, Any]:
     train_name = "train" if "train" in splits else next(iter(splits))
     held_out_name = next((name for name in HELD_OUT_NAMES if name in splits and name != train_name), None)
     return splits[train_name], splits.get(held_out_name)
+
+
+def stream(*source: Any, **options: Any) -> Any:
+    """`datasets.load_dataset(..., streaming=True)`, with parquet files read in the thread that asks for their rows.
+
+    The library reads them through Arrow's scanner, whose threads call back into Python for the bytes of a file. Where the rows are
+    not read to their end, and training reads round and round, that deadlocks at the close of files of several row groups, or aborts
+    at the interpreter's exit (apache/arrow issue 45214; still so in pyarrow 26).
+    """
+    import datasets
+    from datasets.packaged_modules.parquet.parquet import Parquet
+
+    builder = datasets.load_dataset_builder(*source, **options)
+    if isinstance(builder, Parquet):
+        builder._generate_tables = partial(parquet_tables, builder)
+    return builder.as_streaming_dataset()
+
+
+def parquet_tables(builder: Any, files: list[str], row_groups_list: list[tuple[int, ...] | None]) -> Iterator[tuple[Any, Any]]:
+    """What the library's builder yields for some files, a few rows at a time: a key and an Arrow table."""
+    import fsspec
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from datasets.builder import Key
+
+    for number, (file, row_groups) in enumerate(zip(files, row_groups_list, strict=True)):
+        with fsspec.open(file, "rb") as opened, pq.ParquetFile(opened) as parquet:
+            batches = parquet.iter_batches(READ_AT_ONCE, row_groups, builder.config.columns, use_threads=False)
+            for index, batch in enumerate(batches):
+                yield Key(number, index), builder._cast_table(pa.Table.from_batches([batch]))
 
 
 @dataclass

@@ -17,11 +17,10 @@ from .configuration import TrainingConfig
 from .data import ImageData, augmentation
 from .images import as_tensor, as_tensors, crop, decode_row
 from .randomness import derived_seed
-from .sources import Columns, check_label, name_of, undecoded
+from .sources import READ_AT_ONCE, Columns, check_label, name_of, undecoded
 
 HELD_OUT = 512  # images of the held-out part, at most
 LOOKED_AT = 1000  # images, at most, among which one that can be read is looked for
-READ_AT_ONCE = 32  # rows
 
 
 class StreamedImages:
