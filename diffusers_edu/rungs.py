@@ -143,7 +143,7 @@ RUNGS: dict[str, Rung] = {
         build=lambda config, data: build_stack(config, data, num_stages=1, fresh_noise=False),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         limit="It makes one image, the mean of its data, whatever the noise: a step of a lesson, no generator.",
-        defaults=dict(max_train_steps=400, train_batch_size=64, learning_rate=2e-3),
+        defaults=dict(max_train_steps=250, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=1,
     ),
     "stacked_dae": Rung(
@@ -153,7 +153,7 @@ RUNGS: dict[str, Rung] = {
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=False),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         limit="Its samples are all alike, as the first stage takes all the randomness away: a step of a lesson, no generator.",
-        defaults=dict(max_train_steps=200, train_batch_size=64, learning_rate=2e-3),
+        defaults=dict(max_train_steps=150, train_batch_size=64, learning_rate=2e-3),
         num_inference_steps=10,
     ),
     "noisy_stacked_dae": Rung(
@@ -162,7 +162,7 @@ RUNGS: dict[str, Rung] = {
         build=lambda config, data: build_stack(config, data, num_stages=config.num_stages, fresh_noise=True),
         objective=lambda pipeline, config, data: DenoisingObjective(pipeline.model),
         limit="Its samples are blurred: each stage returns an average over the images that its input allows.",
-        defaults=dict(max_train_steps=700, train_batch_size=64, learning_rate=4e-3),
+        defaults=dict(max_train_steps=650, train_batch_size=64, learning_rate=4e-3),
         num_inference_steps=10,
     ),
     "vae": Rung(
@@ -199,7 +199,7 @@ RUNGS: dict[str, Rung] = {
             snr_gamma=config.snr_gamma,
         ),
         limit="Its decoder sets the limit: detail that the autoencoder loses, no sampling brings back.",
-        defaults=dict(max_train_steps=1000, train_batch_size=128, learning_rate=4e-3, kl_weight=0.2),
+        defaults=dict(max_train_steps=900, train_batch_size=128, learning_rate=4e-3, kl_weight=0.2),
         num_inference_steps=50,
     ),
 }

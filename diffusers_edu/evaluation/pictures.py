@@ -232,7 +232,7 @@ def trade_off(weights: list[float], found: list[dict[str, Estimate]]) -> Picture
     weight_names = ", ".join(f"{weight:g}" for weight in weights)
     caption = (
         f"With weights of {weight_names}, {told} of codes and draws of N(0, I) are told apart (alike: 50%), and the error "
-        f"of reconstructions is {errors}. Trained on a quarter of the images of the rung itself."
+        f"of reconstructions is {errors}. Trained on a sixth of the images that the rung itself is."
     )
     return Picture("The weight of the KL term", caption, figures.svg(figure))
 
