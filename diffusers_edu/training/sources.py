@@ -28,16 +28,16 @@ def open_dataset(config: TrainingConfig) -> tuple[Any, Any]:
     import datasets
 
     datasets.disable_progress_bars()
+    load: Any = stream if config.streaming else datasets.load_dataset
     try:
         if config.train_data_dir is None:
-            source = (config.dataset_name, config.dataset_config_name)
-            loaded = stream(*source) if config.streaming else datasets.load_dataset(*source)
+            loaded = load(config.dataset_name, config.dataset_config_name)
         else:
             folder = Path(config.train_data_dir)
             if not folder.is_dir():
                 raise UsageError(f"--train_data_dir {folder}: there is no such folder")
             kind = "parquet" if any(folder.rglob("*.parquet")) else "imagefolder"
-            loaded = (stream if config.streaming else datasets.load_dataset)(kind, data_dir=str(folder))
+            loaded = load(kind, data_dir=str(folder))
     except UsageError:
         raise
     except Exception as error:  # the library raises many kinds; each means that there is nothing to train on
