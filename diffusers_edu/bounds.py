@@ -16,6 +16,7 @@ from .evaluation.likelihood import (
     unconditional,
 )
 from .evaluation.parzen import parzen
+from .evaluation.sampling import posteriors
 from .schedulers.fitting import fit_variance
 from .training.configuration import TrainingConfig
 from .training.data import ImageData
@@ -25,7 +26,6 @@ STEPS = (10, 50)  # of the chains whose bounds are measured
 TUNING = 0.2  # of the training images, on which the width of Parzen windows is chosen
 MOST = 1000  # images, at most, on which it is chosen, and which are explained by them
 ENCODED = 4096  # training images, at most, whose latents a variance is fitted to
-BATCH = 64  # images encoded at a time
 
 
 def likelihood(
@@ -83,12 +83,10 @@ def chain(pipeline: Any, train: ImageData, variance: str = "analytic", seed: int
     return fitted.from_config(fitted.config, timestep_spacing="trailing")
 
 
-@torch.no_grad()
 def latents(vae: Any, images: torch.Tensor, seed: int) -> torch.Tensor:
     """The scaled latents of images in [-1, 1], a draw of each."""
     generator = torch.Generator().manual_seed(seed)
-    batches = (images[start : start + BATCH].to(vae.device) for start in range(0, len(images), BATCH))
-    return torch.cat([scaled(vae, vae.encode(x).latent_dist.sample(generator)) for x in batches])
+    return torch.cat([scaled(vae, posterior.sample(generator)) for posterior in posteriors(vae, images)])
 
 
 def any_of(data: ImageData, count: int) -> ImageData:

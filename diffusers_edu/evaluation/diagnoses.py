@@ -4,14 +4,14 @@ A diagnosis looks at one thing and returns None where that is well. The threshol
 reported is far from what a healthy run shows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
 from .estimates import Estimate
-from .sampling import generators, watched_steps
+from .sampling import generators, posteriors, watched_steps
 
 ACTIVE = (
     0.01  # the variance of a code's mean over images, above which its dimension says something: Burda et al. 2016, section 5.1
@@ -21,7 +21,6 @@ SCALE = (0.8, 1.25)  # of the standard deviation of latents
 SIGNAL_LEFT = 0.05  # alpha_bar_T: more leaves over a fifth of the image in x_T
 OLD = 0.4  # of a run, the mean age of averaged weights
 BEYOND, OFTEN = 0.1, 0.02  # a predicted x_0 outside its range by a tenth of it, and the share of such values
-BATCH = 16  # images encoded at a time
 COPIES = 0.1  # the share of samples suspiciously near to an image trained on; 0.05 where nothing is memorised
 
 
@@ -43,7 +42,6 @@ def present(*diagnoses: Diagnosis | None) -> list[Diagnosis]:
     return [diagnosis for diagnosis in diagnoses if diagnosis is not None]
 
 
-@torch.no_grad()
 def posterior_collapse(vae: Any, images: torch.Tensor) -> Diagnosis | None:
     """Whether codes say nothing of their images (N, C, H, W), in [-1, 1]; Bowman et al. 2016, section 3.1. One image cannot tell."""
     if len(images) < 2:
@@ -59,7 +57,6 @@ def posterior_collapse(vae: Any, images: torch.Tensor) -> Diagnosis | None:
     )
 
 
-@torch.no_grad()
 def latent_scale(vae: Any, images: torch.Tensor, seed: int = 0) -> Diagnosis | None:
     """Whether the latents that a diffusion is trained on have a standard deviation near 1; Rombach et al. 2022, appendix G."""
     generator = torch.Generator().manual_seed(seed)
@@ -73,12 +70,6 @@ def latent_scale(vae: Any, images: torch.Tensor, seed: int = 0) -> Diagnosis | N
         f"the scaled latents have a standard deviation of {std:.3g}, so that the noise levels mean something else than for images",
         f"vae.register_to_config(scaling_factor={scale / std:.5g}) and save it, before the diffusion is trained",
     )
-
-
-def posteriors(vae: Any, images: torch.Tensor) -> Iterator[Any]:
-    """q(z | x) of images, a few at a time."""
-    for x in images.split(BATCH):
-        yield vae.encode(x.to(vae.device, vae.dtype)).latent_dist
 
 
 def signal_left(scheduler: Any) -> Diagnosis | None:

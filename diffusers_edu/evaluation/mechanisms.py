@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .estimates import Estimate, around, bootstrap, mean
 from .metrics import frechet_distance, two_sample_accuracy
-from .sampling import Step, decode, generators, sample, to_unit
+from .sampling import Step, decode, generators, posteriors, sample, to_unit
 
 RESAMPLES = 50
 
@@ -156,12 +156,13 @@ def code_findings(vae: Any, train: torch.Tensor, held_out: torch.Tensor, count: 
     """
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(train), generator=generator)
-    posterior = vae.encode(train[order].to(vae.device)).latent_dist
-    codes = posterior.sample(generator)[:count].cpu()
+    found = [(posterior.kl().cpu(), posterior.sample(generator).cpu()) for posterior in posteriors(vae, train[order])]
+    rate, codes = (torch.cat(of) for of in zip(*found, strict=True))
+    codes = codes[:count]
     prior = torch.randn(codes.shape, generator=generator)
     rebuilt = vae(held_out.to(vae.device)).sample.cpu()
     return {
-        "rate": mean(posterior.kl().cpu()),
+        "rate": mean(rate),
         "codes_told_apart": two_sample_accuracy(prior.flatten(1), codes.flatten(1), seed),
         "distance_of_codes": frechet_distance(decode(vae, codes).flatten(1), to_unit(held_out).flatten(1), seed),
         "reconstruction_error": mean((rebuilt - held_out).square().flatten(1).mean(1)).root() * 0.5,

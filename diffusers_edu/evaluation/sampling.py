@@ -11,6 +11,8 @@ import torch
 
 from .sharding import my_part, progress, whole
 
+ENCODED = 16  # images at a time
+
 
 def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     """One source of randomness for each sample: sample n is the same whatever the batch it is drawn in."""
@@ -97,6 +99,14 @@ def watched_steps(scheduler: Any, note: Callable[..., None]) -> Iterator[None]:
         yield
     finally:
         del scheduler.step
+
+
+def posteriors(vae: Any, images: torch.Tensor) -> Iterator[Any]:
+    """q(z | x) of images (N, C, H, W) in [-1, 1], a few at a time."""
+    for x in images.split(ENCODED):
+        with torch.no_grad():
+            posterior = vae.encode(x.to(vae.device, vae.dtype)).latent_dist
+        yield posterior
 
 
 @torch.no_grad()
