@@ -6,6 +6,7 @@ import torch
 from scipy.linalg import sqrtm
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from diffusers_edu.evaluation.features import INCEPTION, Features
 from diffusers_edu.evaluation.mechanisms import sharpness
 from diffusers_edu.evaluation.metrics import (
     Precomputed,
@@ -68,6 +69,42 @@ def test_kernel_distance_grows_with_the_distance_and_is_near_0_for_equal_distrib
     reference = normal(500, seed=1)
     values = [kernel_distance(normal(500, shift=shift), reference).value for shift in (0.0, 0.5, 1.0)]
     assert abs(values[0]) < 0.05 < values[1] < values[2]
+
+
+def test_kernel_distance_is_that_of_its_definition_on_standardised_features():
+    samples, reference = normal(300, seed=1, scale=0.2), normal(300, seed=2, scale=0.1, shift=0.5)
+
+    def squared_discrepancy(x, y):
+        def kernel(a, b):
+            return (a @ b.T / a.shape[1] + 1) ** 3
+
+        within = [(kernel(a, a).sum() - kernel(a, a).diag().sum()) / (len(a) * (len(a) - 1)) for a in (x, y)]
+        return (sum(within) - 2 * kernel(x, y).mean()).item()
+
+    x, y = samples.double(), reference.double()
+    centre, scale = y.mean(0), (y - y.mean(0)).square().mean().sqrt()
+    for standardise, (a, b) in {True: ((x - centre) / scale, (y - centre) / scale), False: (x, y)}.items():
+        found = kernel_distance(samples, reference, subsets=400, standardise=standardise)
+        error = (found.interval[1] - found.value) / 1.96 / 400**0.5
+        assert abs(found.value - squared_discrepancy(a, b)) < 5 * error
+
+
+def test_kernel_distance_does_not_take_the_mean_image_for_the_data():
+    train, held_out = load_digits()
+    pixels, reference = train.images.flatten(1), held_out.images.flatten(1)
+    mean, blurred = pixels.mean(0).expand(1000, -1), pixels[:1000] * 0.9
+    assert kernel_distance(mean, reference).value > 3 * kernel_distance(blurred, reference).value
+    raw = [kernel_distance(x, reference, standardise=False).value for x in (mean, blurred)]
+    assert raw[0] < raw[1]  # which is why features are standardised
+
+
+def test_the_kernel_distance_on_features_of_inception_is_the_published_one():
+    train, held_out = load_digits()
+    found = {}
+    for name in ("pixels", INCEPTION):
+        found[name] = Reference(train, held_out, Features(name, torch.nn.Flatten())).measure(train.images[:500])
+    raw = kernel_distance(train.images[:500].flatten(1), held_out.images.flatten(1), standardise=False)
+    assert found[INCEPTION]["kernel_distance"] == raw != found["pixels"]["kernel_distance"]
 
 
 def test_precision_falls_with_wrong_samples_and_recall_with_missing_modes():

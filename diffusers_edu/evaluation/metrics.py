@@ -17,6 +17,7 @@ from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from .estimates import Estimate, around, bootstrap, share
+from .features import INCEPTION
 from .sharding import by_one, my_part, whole
 
 MOST = 10_000  # images that samples are held against
@@ -72,7 +73,7 @@ class Reference:
         features = self.of(samples)
 
         def figures() -> dict[str, Estimate]:
-            found = measure(features, self.held_out, self.seed) | self.lesson(features, labels)
+            found = self.compared(features) | self.lesson(features, labels)
             return {**found, "memorised": memorised(samples, self.everything, self.data)}
 
         return by_one(figures)
@@ -81,7 +82,12 @@ class Reference:
         """The figures of as many training images in the place of samples, or of all where they are fewer: what a model can hope for."""
         chosen = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(self.seed))[:count]
         real, labels = self.train[chosen], None if self.labels is None else self.labels[chosen]
-        return by_one(lambda: measure(real, self.held_out, self.seed) | self.lesson(real, labels))
+        return by_one(lambda: self.compared(real) | self.lesson(real, labels))
+
+    def compared(self, features: torch.Tensor) -> dict[str, Estimate]:
+        """The figures of [`measure`]; the kernel distance on Inception's features as it is published, elsewhere standardised."""
+        standardise = getattr(self.features, "name", None) != INCEPTION
+        return measure(features, self.held_out, self.seed, standardise)
 
     def lesson(self, features: torch.Tensor, labels: torch.Tensor | None) -> dict[str, Estimate]:
         """`train_on_synthetic`, where the data has classes."""
@@ -99,8 +105,13 @@ def some(data: Any) -> Any:
     return data.part(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:MOST].sort().values)
 
 
-def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> dict[str, Estimate]:
+def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, standardise: bool = True) -> dict[str, Estimate]:
     """Every figure that asks for no more than the features of samples and of held-out data, both float (N, d).
+
+    Args:
+        samples, reference: features.
+        seed: of the bootstrap and the subsets.
+        standardise: see [`kernel_distance`].
 
     Raises:
         ValueError: shapes that do not fit, or values that are not finite.
@@ -113,7 +124,7 @@ def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> di
     density, coverage = density_coverage(samples, reference, seed)
     return {
         "frechet_distance": frechet_distance(samples, reference, seed),
-        "kernel_distance": kernel_distance(samples, reference, seed),
+        "kernel_distance": kernel_distance(samples, reference, seed, standardise=standardise),
         "precision": precision,
         "recall": recall,
         "density": density,
@@ -175,12 +186,25 @@ def moments(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return features.mean(0), torch.linalg.qr(centred, mode="r").R if len(features) > features.shape[1] else centred
 
 
-def kernel_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, subsets: int = 100) -> Estimate:
+def kernel_distance(
+    samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, subsets: int = 100, standardise: bool = True
+) -> Estimate:
     """Squared maximum mean discrepancy under the kernel (x . y / d + 1)^3, unbiased: 0 for equal distributions.
 
     Binkowski et al. 2018 (https://arxiv.org/abs/1801.01401). The mean over random subsets of half the smaller set; the
     interval is +- 1.96 standard deviations of the subsets' values, wider than the mean's own.
+
+    Args:
+        samples, reference: features (N, d).
+        seed: of the subsets.
+        subsets: how many.
+        standardise: shift and scale both, so that the reference has mean 0 and mean square 1. The kernel's 1 sets a scale: of features
+            that are small next to it, pixels for one, it sees the mean alone, and takes the mean image for all the data.
     """
+    if standardise:
+        mean = reference.double().mean(0)
+        scale = (reference - mean).square().mean().sqrt()
+        samples, reference = (samples - mean) / scale, (reference - mean) / scale
     size = min(len(samples), len(reference)) // 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that all features are kept in memory, where they are already
@@ -194,8 +218,8 @@ def kernel_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 
     metric.update(samples.double(), real=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mean, std = (x.item() for x in metric.compute())
-    return Estimate(mean, (mean - 1.96 * std, mean + 1.96 * std), len(samples))
+        value, std = (x.item() for x in metric.compute())
+    return Estimate(value, (value - 1.96 * std, value + 1.96 * std), len(samples))
 
 
 def precision_recall(samples: torch.Tensor, reference: torch.Tensor, k: int = 3) -> tuple[Estimate, Estimate]:

@@ -87,7 +87,7 @@ def decimal(value: float) -> str:
 
 
 def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any = None, rows: int = 4) -> list[Picture]:
-    """From the noise that a call started with, by what was handed on after each of its steps, to samples: a strip, and a slider.
+    """From the noise that a call started with, by what was handed on after each of its steps, to samples: a slider, and a strip.
 
     Args:
         start: the noise, shape (B, C, H, W).
@@ -109,12 +109,12 @@ def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any 
     shown = "decoded" if vae is not None else "as it is handed on"
     caption = f"From noise to samples in {len(steps)} steps: the image after the {noun} named below it, {shown}."
     return [
-        Picture("From noise to samples", caption, figures.strip(columns, "reverse process"), wide=True),
         Picture(
             f"{noun.capitalize()} by {noun}",
             "Move the slider, or use the arrow keys.",
             figures.slider(frames, f"{noun} of the reverse process"),
         ),
+        Picture("From noise to samples", caption, figures.strip(columns, "reverse process"), wide=True),
     ]
 
 
