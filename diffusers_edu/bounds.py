@@ -1,6 +1,6 @@
 """The likelihood of any saved pipeline: which bound it has, over which chain, beside the Parzen windows of its samples."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from .evaluation.likelihood import (
     scaled,
     unconditional,
 )
+from .evaluation.metrics import some
 from .evaluation.parzen import parzen
 from .evaluation.sampling import posteriors
 from .schedulers.fitting import fit_variance
@@ -22,10 +23,14 @@ from .training.configuration import TrainingConfig
 from .training.data import ImageData
 
 CODES = (1, 10, 100, 1000)  # of the bounds of a VAE
-STEPS = (10, 50)  # of the chains whose bounds are measured
+STEPS = (10, 50)  # of the chains whose bounds are measured, unless others are asked for
 TUNING = 0.2  # of the training images, on which the width of Parzen windows is chosen
-MOST = 1000  # images, at most, on which it is chosen, and which are explained by them
-ENCODED = 4096  # training images, at most, whose latents a variance is fitted to
+MOST = 1000  # images, at most, on which it is chosen, and which are explained
+CENTRES = 10_000  # windows, at most
+LARGEST = (
+    1024  # values of an image that windows are measured on: a calculation for each, and a curiosity on small images already
+)
+FITTED = 4096  # training images, at most, that a variance is fitted to
 
 
 def likelihood(
@@ -78,8 +83,8 @@ def chain(pipeline: Any, train: ImageData, variance: str = "analytic", seed: int
     if variance != "analytic":
         return scheduler.from_config(scheduler.config, variance_type=variance, timestep_spacing="trailing")
     vae = pipeline.components.get("vae")
-    samples = everything(train) if vae is None else latents(vae, everything(any_of(train, ENCODED)), seed)
-    fitted = fit_variance(pipeline, samples, seed=seed)
+    images = everything(some(train, FITTED))
+    fitted = fit_variance(pipeline, images if vae is None else latents(vae, images, seed), seed=seed)
     return fitted.from_config(fitted.config, timestep_spacing="trailing")
 
 
@@ -89,18 +94,14 @@ def latents(vae: Any, images: torch.Tensor, seed: int) -> torch.Tensor:
     return torch.cat([scaled(vae, posterior.sample(generator)) for posterior in posteriors(vae, images)])
 
 
-def any_of(data: ImageData, count: int) -> ImageData:
-    """At most so many images, the same each time, in no order of theirs."""
-    return data.part(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count])
-
-
 def everything(data: ImageData) -> torch.Tensor:
     """All images as the models see them, float32 (N, C, H, W) in [-1, 1]."""
     return data.batch(list(range(len(data))))["images"]
 
 
 def windows(samples: torch.Tensor | None, train: ImageData, held_out: ImageData, count: int, seed: int = 0) -> Estimate:
-    """The Parzen windows' bits per dimension of held-out images, by `count` samples, or by training images in their place.
+    """The Parzen windows' bits per dimension of held-out images, by `count` samples, or by training images in their place; by 10,000 at
+    most, and by no more than there are training images that the width was not chosen on.
 
     Args:
         samples: float (N, C, H, W) in [0, 1]; None for training images, or for as many as are not needed to choose the width.
@@ -110,27 +111,35 @@ def windows(samples: torch.Tensor | None, train: ImageData, held_out: ImageData,
     """
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     cut = max(1, round(TUNING * len(train)))
-    centres = everything(train.part(order[cut : cut + count])) if samples is None else samples * 2 - 1
-    tuning, x = everything(train.part(order[:cut][:MOST])), everything(any_of(held_out, MOST))
-    nats, _ = parzen(centres[:count], tuning, x, 2 / held_out.max_value)
+    count = min(count, CENTRES, len(train) - cut)
+    centres = everything(train.part(order[cut : cut + count])) if samples is None else samples[:count] * 2 - 1
+    tuning, x = everything(train.part(order[:cut][:MOST])), everything(some(held_out, MOST))
+    nats, _ = parzen(centres, tuning, x, 2 / held_out.max_value)
     return in_bits(nats, x[0].numel())
 
 
 def likelihoods(
-    pipeline: Any, config: TrainingConfig, train: ImageData, held_out: ImageData, seed: int
+    pipeline: Any, config: TrainingConfig, train: ImageData, held_out: ImageData, seed: int, steps: Sequence[int] = STEPS
 ) -> Iterator[dict[str, Any]]:
-    """Every bound that a run has, each with how it was made, its parts, and its intervals; of a diffusion also what each timestep adds
-    to it, and the error there of the predicted x_0, and what a receiver of the progressive code has after each. Where there is none,
-    why."""
-    if (reason := why_none(pipeline)) is not None:
+    """Every bound that a run has on 1,000 held-out images at most, each with how it was made, its parts, and its intervals.
+
+    Of a diffusion, over chains of so many `steps`, also what each timestep adds to it, the error there of the predicted x_0, and what a
+    receiver of the progressive code has after each. Where there is no bound, why.
+    """
+    reason = why_none(pipeline)
+    if config.class_conditional and config.conditioning_dropout_prob == 0:
+        reason = "trained with --conditioning_dropout_prob 0, the model says nothing of an image whose class is not told"
+    if reason is not None:
         yield {"none": reason}
         return
+    held_out = some(held_out, MOST)
     cases: list[tuple[dict[str, Any], Any]] = [({"codes": codes}, None) for codes in CODES]
     if (unet := pipeline.components.get("unet")) is not None:
         variances = ["fixed_small", "fixed_large", "analytic", *([config.variance_type] if config.learns_variance else [])]
         chains = {variance: chain(pipeline, train, variance, seed) for variance in variances}
         asked = {} if getattr(unet.config, "num_class_embeds", None) is None else {"class": "none"}
-        cases = [({"variance": name, "steps": steps, **asked}, each) for name, each in chains.items() for steps in STEPS]
+        lengths = sorted({min(k, len(pipeline.scheduler)) for k in steps})
+        cases = [({"variance": name, "steps": k, **asked}, each) for name, each in chains.items() for k in lengths]
     for case, scheduler in cases:
         sizes = {name: case[name] for name in ("codes", "steps") if name in case}
         bound = likelihood(pipeline, held_out, scheduler, seed=seed, **sizes)

@@ -15,8 +15,10 @@ from .evaluation.diagnoses import (
     signal_left,
 )
 from .evaluation.estimates import Estimate
+from .evaluation.metrics import some
 from .training.averages import warmed_up
 from .training.configuration import TrainingConfig
+from .training.data import ImageData
 
 LOOKED_AT = 64  # images, at most
 
@@ -29,11 +31,14 @@ def before_training(pipeline: Any, config: TrainingConfig, data: Any) -> list[Di
         config: of the run.
         data: the images to train on.
     """
-    averages = config.use_ema and config.ema_sigma_rel is None  # profiles are as long as the run by themselves
-    return present(
-        long_average(warmed_up([], config).get_decay, config.max_train_steps) if averages else None,
-        *of_noise(pipeline, data),
-    )
+    return present(of_average(config), *of_noise(pipeline, data))
+
+
+def of_average(config: TrainingConfig) -> Diagnosis | None:
+    """Whether a run is long enough for its average."""
+    if not config.use_ema or config.ema_sigma_rel is not None:  # profiles are as long as the run by themselves
+        return None
+    return long_average(warmed_up([], config).get_decay, config.max_train_steps)
 
 
 def after_training(
@@ -50,7 +55,7 @@ def after_training(
     steps = {} if num_inference_steps is None else {"num_inference_steps": num_inference_steps}
     vae, is_latent = pipeline.components.get("vae"), "unet" in pipeline.components
     return present(
-        posterior_collapse(vae, first_images(data)) if vae is not None and not is_latent else None,
+        posterior_collapse(vae, few(data)) if vae is not None and not is_latent else None,
         *of_noise(pipeline, data),
         clipped(pipeline, **steps),
         None if memorised is None else memorisation(memorised),
@@ -63,13 +68,13 @@ def of_noise(pipeline: Any, data: Any) -> Iterable[Diagnosis | None]:
     if scheduler is not None:
         yield signal_left(scheduler)
     if scheduler is not None and vae is not None:
-        yield latent_scale(vae, first_images(data))
+        yield latent_scale(vae, few(data))
 
 
-def first_images(data: Any) -> Any:
-    """The first images as the models see them, float32 (N, C, H, W) in [-1, 1]."""
-    some = data.head(LOOKED_AT)
-    return some.batch(list(range(len(some))))["images"]
+def few(data: Any) -> Any:
+    """Some images as the models see them, float32 (N, C, H, W) in [-1, 1]; of a stream the first."""
+    chosen = some(data, LOOKED_AT) if isinstance(data, ImageData) else data.head(LOOKED_AT)
+    return chosen.batch(list(range(len(chosen))))["images"]
 
 
 def tell(diagnoses: Iterable[Diagnosis]) -> None:

@@ -134,7 +134,7 @@ def of_stack(measured: Measured, pipeline: Any, train: ImageData, held_out: Imag
     measured.figures |= {
         "diversity_after_first": shares.diversity[0],
         "later_change": shares.later_change,
-        "largest_later_change": max(shares.change[1:], key=lambda share: share.value),
+        "largest_later_change": shares.largest_later_change,
     }
 
 

@@ -11,13 +11,14 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
-from .bounds import likelihoods, windows
-from .checkup import after_training
+from .bounds import LARGEST, STEPS, likelihoods, windows
+from .checkup import after_training, of_average
 from .errors import UsageError
+from .evaluation.diagnoses import present
 from .evaluation.estimates import Estimate
 from .evaluation.features import make_features
 from .evaluation.metrics import Reference
-from .evaluation.sampling import sample
+from .evaluation.sampling import fitting, sample
 from .evaluation.sharding import by_one, is_shared
 from .rungs import RUNGS
 from .training.averages import synthesise
@@ -28,6 +29,7 @@ from .training.launch import launched_processes, one_first
 from .training.trainer import batches_of
 
 FEWEST = 10  # samples that figures can be made of
+BATCH = 250  # samples drawn at a time, of small images
 FEWEST_REAL = 6  # images of either kind: they are told by their five nearest
 STREAMED = 1000  # images of a stream that stand for it
 
@@ -77,6 +79,8 @@ def measure_pipeline(
         train = train.head(STREAMED)
     if min(len(train), len(held_out)) < FEWEST_REAL:
         raise UsageError(f"{len(train)} images to train on and {len(held_out)} held out: figures take {FEWEST_REAL} of each")
+    if bool((held_out.pixels == held_out.pixels[:1]).all()):
+        raise UsageError(f"the {len(held_out)} held-out images are all the same: nothing can be measured by them")
     steps = RUNGS[config.rung].num_inference_steps
     if steps is not None:
         most = len(pipeline.scheduler) if "scheduler" in pipeline.components else None
@@ -88,8 +92,14 @@ def measure_pipeline(
     labels = None
     unet = pipeline.components.get("unet")
     if getattr(getattr(unet, "config", None), "num_class_embeds", None) is not None and held_out.labels is not None:
-        labels = held_out.labels[torch.arange(num_samples) % len(held_out)]
-    samples = sample(pipeline, num_samples, seed, labels=labels, **steps_argument(steps))
+        order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))  # files are often sorted by class
+        labels = held_out.labels[order[torch.arange(num_samples) % len(held_out)]]
+    batch_size = fitting(BATCH, held_out.pixels[0].numel())
+    samples = sample(pipeline, num_samples, seed, batch_size, labels, **steps_argument(steps))
+    if not bool(samples.isfinite().all()):
+        raise UsageError(
+            "the samples hold values that are not finite: the model has diverged, or its precision is too low for it"
+        )
     figures = reference.measure(samples, labels)
     return Measurement(samples, figures, reference.floor(num_samples), made.name, train, held_out, steps, seed)
 
@@ -109,6 +119,7 @@ def evaluate_runs(
     seed: int,
     features: str = "auto",
     bounds: bool = False,
+    bound_steps: Sequence[int] = STEPS,
 ) -> None:
     """Measure saved runs on the held-out part of their data; print the figures as JSON, a line each, and of each run after the first by
     how much its figures differ.
@@ -119,10 +130,13 @@ def evaluate_runs(
         runs: their folders.
         num_samples, num_inference_steps, seed, features: see `measure_pipeline`.
         bounds: measure the likelihood too.
+        bound_steps: of the chains of a diffusion that it is measured of, each from 1 to the training's timesteps.
 
     Raises:
-        UsageError: a folder holds no run, or the runs have not the same data.
+        UsageError: a folder holds no run, or the runs have not the same data; steps that no chain has.
     """
+    if min(bound_steps) < 1:
+        raise UsageError(f"--likelihood_steps {min(bound_steps)}: a chain has at least 1")
     configs = [saved_configuration(run) for run in runs]
     state = launched_processes()
     if len(runs) > 1 and len({the_data(config)[1].fingerprint() for config in configs}) > 1:
@@ -131,7 +145,7 @@ def evaluate_runs(
     for run, config in zip(runs, configs, strict=True):
         pipeline = load(str(run))
         measured = measure_pipeline(pipeline, config, num_samples, num_inference_steps, seed, features)
-        for line in lines_of(str(run), pipeline, config, measured, first, bounds):
+        for line in lines_of(str(run), pipeline, config, measured, first, bound_steps if bounds else []):
             if state.is_main_process:
                 print(json.dumps(line), flush=True)
         first = first or measured
@@ -143,21 +157,24 @@ def the_data(config: TrainingConfig) -> tuple[Any, ImageData]:
 
 
 def lines_of(
-    run: str, pipeline: Any, config: TrainingConfig, measured: Measurement, first: Measurement | None, bounds: bool
+    run: str, pipeline: Any, config: TrainingConfig, measured: Measurement, first: Measurement | None, steps: Sequence[int]
 ) -> Iterator[dict[str, Any]]:
-    """What is printed of a run; `first` is the one that it is compared with."""
+    """What is printed of a run; `first` is the one that it is compared with, `steps` are of the bounds, [] for none."""
     setting = {"num_samples": len(measured.samples), "num_inference_steps": measured.num_inference_steps, "seed": measured.seed}
     yield {"run": run, **setting, "held_out": len(measured.held_out), "features": measured.features}
     yield {"samples": as_json(measured.metrics)}
     yield {"floor": as_json(measured.floor)}
     if first is not None:
         yield {"difference": as_json({name: value - first.metrics[name] for name, value in measured.metrics.items()})}
-    memorised, steps = measured.metrics["memorised"], measured.num_inference_steps
-    yield {"diagnoses": [each.as_json() for each in after_training(pipeline, measured.held_out, memorised, steps)]}
-    if bounds:
+    diagnoses = after_training(pipeline, measured.held_out, measured.metrics["memorised"], measured.num_inference_steps)
+    yield {"diagnoses": [each.as_json() for each in present(of_average(config), *diagnoses)]}
+    if steps:
         train, held_out, count = measured.train, measured.held_out, len(measured.samples)
-        for found in likelihoods(pipeline, config, train, held_out, measured.seed):
+        for found in likelihoods(pipeline, config, train, held_out, measured.seed, steps):
             yield {"likelihood": found}
+        if (values := measured.samples[0].numel()) > LARGEST:
+            yield {"parzen_bits_per_dim": {"none": f"images of {values} values; windows are measured up to {LARGEST}"}}
+            return
         both = {"samples": measured.samples, "training_images": None}
         estimates = by_one(lambda: {name: windows(of, train, held_out, count, measured.seed) for name, of in both.items()})
         yield {

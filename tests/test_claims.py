@@ -1,5 +1,7 @@
 """Verdicts: what decides between supported, not supported and undecided."""
 
+import random
+
 import pytest
 
 from diffusers_edu.evaluation.claims import CLAIMS, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Check, Claim, gain, judge
@@ -65,6 +67,22 @@ def test_more_seeds_decide_by_their_spread_and_what_they_share_cancels():
 def test_the_gain_is_over_the_best_of_the_others():
     run = {name: {"frechet_distance": Estimate(v, (v, v), 100)} for name, v in {"a": 0.5, "b": 0.3, "c": 0.1}.items()}
     assert gain("c", "a", "b")(run).value == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("each", [claim for claims in CLAIMS.values() for claim in claims], ids=lambda claim: claim.statement)
+def test_every_claim_can_turn_out_either_way(each):
+    class Figures(dict):
+        def __missing__(self, name):
+            value = chance.choice([-0.3, 0.01, 0.3, 0.96, 1.5, 4.0])
+            return self.setdefault(name, Estimate(value, (value, value), 1000))
+
+    class Run(dict):
+        def __missing__(self, name):
+            return self.setdefault(name, Figures())
+
+    chance = random.Random(0)
+    words = {judge([each], [Run()])[0].word for _ in range(1000)}
+    assert words == {SUPPORTED, NOT_SUPPORTED}
 
 
 def test_every_rung_has_claims_that_say_what_they_rest_on():

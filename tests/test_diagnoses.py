@@ -95,6 +95,21 @@ def test_clipping_that_cuts_off_what_the_model_says():
     assert clipped(SimpleNamespace(components={})) is None
 
 
+def test_a_small_error_of_epsilon_is_no_reason_to_speak_of_clipping():
+    """Where hardly any image is left in x_t, it is a large one of x_0, and clipping is what mends it."""
+    scheduler = EduDDPMScheduler(beta_schedule="squaredcos_cap_v2")  # of epsilon
+    pipeline = DDPMPipeline(tiny_unet(), scheduler)
+    wrong = torch.Generator().manual_seed(0)
+
+    def nearly(x_t, t, **_):
+        alpha_bar, x_0 = scheduler.alphas_cumprod[int(t)], x_t.sign() * 0.9
+        epsilon = (x_t - alpha_bar.sqrt() * x_0) / (1 - alpha_bar).sqrt()
+        return SimpleNamespace(sample=epsilon + 0.03 * torch.randn(x_t.shape, generator=wrong))
+
+    pipeline.unet.forward = nearly
+    assert clipped(pipeline, num_inference_steps=50) is None
+
+
 def test_copies():
     train, held_out, fresh = (ImageData(torch.randint(256, (n, 1, 2, 2), dtype=torch.uint8)) for n in (500, 300, 1000))
     assert memorisation(memorised(fresh.images, train, held_out)) is None

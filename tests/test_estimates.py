@@ -48,6 +48,20 @@ def test_over_seeds_is_students_interval_and_one_seed_keeps_its_own():
     assert over_seeds([alone]) is alone
 
 
+def test_more_runs_do_not_take_away_the_chance_of_the_images_that_all_are_measured_on():
+    held, alone, seeds = 0, 0, range(300)
+    for seed in seeds:  # images of which each has its own difficulty, whatever the run; runs that differ by chance
+        difficulty = normal(50, seed)
+        runs = [difficulty + 0.05 * normal(1, 1000 + 10 * seed + run) for run in range(3)]
+        for same in (True, False):
+            low, high = over_seeds([mean(run, same_images=same) for run in runs]).interval
+            held, alone = held + (same and low < 0 < high), alone + (not same and low < 0 < high)
+    assert held / len(seeds) >= 0.93
+    assert alone / len(seeds) < 0.8
+    assert (mean(difficulty, same_images=True) * 2 - mean(difficulty, same_images=True)).same_images
+    assert not (mean(difficulty, same_images=True) - mean(difficulty)).same_images
+
+
 def test_scaling_turns_an_interval_round_and_roots_stay_above_0():
     assert Estimate(2.0, (1.0, 4.0), 5) * -0.5 == Estimate(-1.0, (-2.0, -0.5), 5)
     assert Estimate(4.0, (-1.0, 9.0), 5).root() == Estimate(2.0, (0.0, 3.0), 5)

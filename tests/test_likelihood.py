@@ -138,10 +138,42 @@ def test_the_bound_of_a_mixture_comes_down_to_its_entropy_as_the_steps_become_ma
         scheduler = EduDDPMScheduler(beta_schedule="squaredcos_cap_v2", variance_type="fixed_small", clip_sample=False)
         scheduler.set_timesteps(steps)
         found = diffusion_bound(Exact(scheduler, mixture_mean), scheduler, x_0, None, batch_size=2000)
-        # The last step of the chain, from t = 0, has the variance beta_0, far from that of the data there: it is counted apart.
         gaps.append(found.nats.mean().item() - entropy)
     assert gaps[0] > gaps[1] > gaps[2] > gaps[3] > -0.1
     assert gaps[3] < 0.15 * gaps[0]
+
+
+def test_with_the_exact_denoiser_and_variance_the_bound_of_a_mixture_comes_down_to_its_entropy_as_t_grows():
+    torch.manual_seed(0)
+    x_0 = MIXTURE.sample((2000,)).reshape(-1, 1, 1, 2)
+    exact = -MIXTURE.log_prob(x_0.reshape(-1, 2))
+    config, gaps = {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "sample", "clip_sample": False}, []
+    for count in (5, 20, 100):
+        scheduler = EduDDPMScheduler(count, **config)
+        errors = diffusion_bound(Exact(scheduler, mixture_mean), scheduler, x_0, None, seed=1).squared_errors.mean(1)
+        best = EduDDPMScheduler(count, **config, variance_type="analytic", prediction_errors=errors.flip(0).tolist())
+        found = diffusion_bound(Exact(best, mixture_mean), best, x_0, None)
+        assert found.timesteps == list(range(count))[::-1]
+        gap = found.nats - exact
+        gaps.append(gap.mean().item())
+    assert gaps[0] > 2 * gaps[1] > 4 * abs(gaps[2])
+    assert abs(gaps[2]) <= 4 * gap.std().item() / len(gap) ** 0.5
+
+
+@pytest.mark.parametrize("prediction", PREDICTION_TYPES)
+def test_the_distortion_of_the_progressive_code_is_that_of_images_clipped_as_in_sampling(prediction):
+    """Far from the image a small error of epsilon is a large one of x_0; a receiver, as a sampler, clips it."""
+    scheduler = EduDDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type=prediction)
+    scheduler.set_timesteps(10)
+    x_0, exact, wrong = gaussian(200).clamp(-1, 1), Exact(scheduler, gaussian_mean), torch.Generator().manual_seed(0)
+
+    def nearly(x_t, t):
+        output = exact(x_t, t)
+        return output + 0.03 * torch.randn(output.shape, generator=wrong, dtype=output.dtype)
+
+    rate, distortion = diffusion_bound(nearly, scheduler, x_0, 2 / 16).progressive_code()
+    assert rate.diff().min() > -1e-3
+    assert distortion.max() <= 2 and distortion[-1] < 0.1
 
 
 def test_the_bound_of_a_finite_data_set_comes_down_to_the_logarithm_of_its_size():

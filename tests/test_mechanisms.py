@@ -26,12 +26,23 @@ def test_shares_of_the_change_add_up_and_diversity_is_relative_to_the_data():
     shares = stage_shares(steps, start, data_std=0.5)
     assert [share.value for share in shares.change] == pytest.approx([0.9 / 0.95, 0.05 / 0.95], rel=1e-5)
     assert [left.value for left in shares.diversity] == pytest.approx([2.0, 1.0], rel=0.02)
-    assert shares.later_change.value == pytest.approx(0.05 / 0.95, rel=1e-5)
+    assert shares.later_change.value == shares.largest_later_change.value == pytest.approx(0.5 / 0.5, rel=0.02)
     assert shares.levels == [2, 1]
     # A share is the same whatever the samples here; a spread over 64 pixels is known to 1 / sqrt(2 * 500 * 64).
     assert shares.change[0].interval == pytest.approx((0.9 / 0.95, 0.9 / 0.95), abs=1e-6)
     low, high = shares.diversity[0].interval
     assert (high - low) / 2 == pytest.approx(1.96 * 2.0 / (2 * 500 * 64) ** 0.5, rel=0.4)
+
+
+def test_later_stages_that_make_digits_of_the_mean_are_seen_beside_the_noise_that_the_first_takes_away():
+    noise, data = 10 * images(500), images(500, 1)
+    path = [torch.zeros_like(data), 0.5 * data, data]  # what the stages hand on: the mean, and then digits
+    shares = stage_shares([Step(3 - i, x) for i, x in enumerate(path)], noise, data_std=STD)
+    assert shares.change[0].value > 0.9
+    assert shares.later_change.value == pytest.approx(1, rel=0.03)
+    assert shares.largest_later_change.value == pytest.approx(0.5, rel=0.03)
+    idle = stage_shares([Step(2, path[0]), Step(1, path[0])], noise, data_std=STD)
+    assert idle.later_change.value == idle.largest_later_change.value == 0
 
 
 class BestStack:

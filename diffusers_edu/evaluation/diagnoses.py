@@ -21,6 +21,7 @@ SCALE = (0.8, 1.25)  # of the standard deviation of latents
 SIGNAL_LEFT = 0.05  # alpha_bar_T: more leaves over a fifth of the image in x_T
 OLD = 0.4  # of a run, the mean age of averaged weights
 BEYOND, OFTEN = 0.1, 0.02  # a predicted x_0 outside its range by a tenth of it, and the share of such values
+SIGNAL = 0.1  # alpha_bar_t, below which a small error of epsilon is a large one of x_0, and says little
 COPIES = 0.1  # the share of samples suspiciously near to an image trained on; 0.05 where nothing is memorised
 
 
@@ -100,7 +101,7 @@ def long_average(decay_at: Callable[[int], float], steps: int) -> Diagnosis | No
     return Diagnosis(
         "EMA longer than the run",
         f"the averaged weights are {age:.0f} steps old on average, of a run of {steps}: what is saved has not been trained to the end",
-        f"--ema_max_decay {1 - 10 / max(steps, 20):.3g}, or a run of more than {3 * age:.0f} steps",
+        f"--ema_max_decay {1 - 10 / max(steps, 20):.3g}, or --ema_sigma_rel 0.1, whose averages are as long as the run by themselves",
     )
 
 
@@ -114,12 +115,14 @@ def clipped(pipeline: Any, seed: int = 0, count: int = 16, **kwargs: Any) -> Dia
     beyond: list[float] = []
 
     def note(output: torch.Tensor, t: Any, x_t: torch.Tensor, _: torch.Tensor) -> None:
+        if scheduler.alphas_cumprod[int(t)] < SIGNAL:
+            return
         x_0 = scheduler.predict_original_sample(output[:, : x_t.shape[1]], t, x_t)
         beyond.append((x_0.abs() > (1 + BEYOND) * scheduler.config.clip_sample_range).float().mean().item())
 
     with watched_steps(scheduler, note):  # by this process alone
         pipeline(batch_size=count, generator=generators(seed, 0, count), output_type="np", **kwargs)
-    often = sum(beyond) / len(beyond)
+    often = sum(beyond) / max(1, len(beyond))
     if often <= OFTEN:
         return None
     limit = scheduler.config.clip_sample_range

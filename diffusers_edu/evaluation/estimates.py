@@ -1,7 +1,7 @@
 """A measured figure with its interval, and what may be said of two of them, or of one over several seeds."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,19 +12,23 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured figure: its value, a 95 % interval (each function says over what), and the number of images it is of."""
+    """A measured figure: its value, a 95 % interval (each function says over what), and the number of images it is of.
+
+    `same_images`: the interval is over images that another run is measured on too, as held-out ones are. Samples are its own.
+    """
 
     value: float
     interval: tuple[float, float]
     n: int
+    same_images: bool = False
 
     def as_json(self) -> dict:
-        return asdict(self) | {"interval": list(self.interval)}
+        return {"value": self.value, "interval": list(self.interval), "n": self.n}
 
     def __mul__(self, factor: float) -> "Estimate":
         """In other units, or a part of it."""
         low, high = sorted(bound * factor for bound in self.interval)
-        return Estimate(self.value * factor, (low, high), self.n)
+        return Estimate(self.value * factor, (low, high), self.n, self.same_images)
 
     def __sub__(self, other: "Estimate") -> "Estimate":
         """The difference of two figures that were measured apart: their intervals' arms add up as squares.
@@ -39,7 +43,7 @@ class Estimate:
         value = self.value - other.value
         down = np.hypot(self.value - self.interval[0], other.interval[1] - other.value)
         up = np.hypot(self.interval[1] - self.value, other.value - other.interval[0])
-        return Estimate(value, (value - float(down), value + float(up)), self.n)
+        return Estimate(value, (value - float(down), value + float(up)), self.n, self.same_images and other.same_images)
 
     def __add__(self, other: "Estimate") -> "Estimate":
         """The sum of two figures that were measured apart; as `-`."""
@@ -48,12 +52,13 @@ class Estimate:
     def root(self) -> "Estimate":
         """The square root, of a figure that is not negative."""
         low, high = (max(bound, 0.0) ** 0.5 for bound in self.interval)
-        return Estimate(self.value**0.5, (low, high), self.n)
+        return Estimate(self.value**0.5, (low, high), self.n, self.same_images)
 
 
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """One figure of several runs: their mean, with Student's interval over runs, which holds the chance of training too.
 
+    What an interval over the same images adds does not become less with the number of runs: the arms add up as squares.
     Of a single run, its own. `n` stays the number of images of each.
 
     Raises:
@@ -66,18 +71,20 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     values = np.array([estimate.value for estimate in estimates])
     mean = float(values.mean())
     arm = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    if all(estimate.same_images for estimate in estimates):
+        arm = float(np.hypot(arm, np.mean([np.diff(estimate.interval) / 2 for estimate in estimates])))
     return Estimate(mean, (mean - arm, mean + arm), estimates[0].n)
 
 
-def mean(values: torch.Tensor) -> Estimate:
-    """The mean of one value an image, (N,), with 1.96 standard errors."""
+def mean(values: torch.Tensor, same_images: bool = False) -> Estimate:
+    """The mean of one value an image, (N,), with 1.96 standard errors; `same_images`: see [`Estimate`]."""
     centre, error = values.double().mean().item(), 1.96 * values.double().std().item() / len(values) ** 0.5
-    return Estimate(centre, (centre - error, centre + error), len(values))
+    return Estimate(centre, (centre - error, centre + error), len(values), same_images)
 
 
-def share(count: int, of: int) -> Estimate:
-    """A share with its Wilson interval."""
-    interval = binomtest(count, of).proportion_ci(LEVEL, method="wilson")
+def share(count: int, of: int, together: float = 1.0) -> Estimate:
+    """A share with its Wilson interval; where images are counted or not `together` on average, of so many fewer."""
+    interval = binomtest(round(count / together), round(of / together)).proportion_ci(LEVEL, method="wilson")
     return Estimate(count / of, (float(interval.low), float(interval.high)), of)
 
 

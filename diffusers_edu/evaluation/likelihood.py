@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .estimates import Estimate, mean
-from .sampling import generators
+from .sampling import fitting, generators
 from .sharding import my_part, progress, whole
 
 BLOCK = 2**16  # numbers drawn at once for an image
@@ -36,7 +36,7 @@ class Bound:
         dimensions: of an image, C H W.
         timesteps: of a diffusion's grid, K of them, the noisiest first; or [].
         terms: L_{t-1} and last L_0, by timestep, float64 (K, N).
-        squared_errors: of the predicted x_0, mean over dimensions, by timestep, float64 (K, N).
+        squared_errors: of the predicted x_0, clipped as in sampling, mean over dimensions, by timestep, float64 (K, N).
     """
 
     parts: dict[str, torch.Tensor]
@@ -52,7 +52,7 @@ class Bound:
 
     def estimate(self, of: torch.Tensor | None = None) -> Estimate:
         """The mean over images in nats, with 1.96 standard errors; `of` the bound, or of a part."""
-        return mean(self.nats if of is None else of)
+        return mean(self.nats if of is None else of, same_images=True)
 
     def bits_per_dim(self, of: torch.Tensor | None = None) -> Estimate:
         """The same in bits per dimension."""
@@ -80,7 +80,7 @@ class Bound:
 
 def in_bits(nats: torch.Tensor, dimensions: int) -> Estimate:
     """The mean of nats of images, (N,), in bits per dimension, with 1.96 standard errors."""
-    return mean(nats) * (1 / (dimensions * math.log(2)))
+    return mean(nats, same_images=True) * (1 / (dimensions * math.log(2)))
 
 
 def log_likelihood(x: torch.Tensor, mean: torch.Tensor, std: torch.Tensor | float, bin_width: float | None) -> torch.Tensor:
@@ -122,7 +122,7 @@ def diffusion_bound(
 
     Args:
         model: its output at (x_t, t); see [`unconditional`].
-        scheduler: an `EduDDPMScheduler`, or one with its `prior_term`, `bound_term` and `predict_original_sample`.
+        scheduler: an `EduDDPMScheduler`, or one with its `prior_term`, `bound_term`, `predict_original_sample` and `clip`.
         samples: x_0 as the model sees them, float (N, ...).
         bin_width: the distance of two grey levels of x_0; None for continuous data, such as latents.
         draws: of x_t, for each image and timestep.
@@ -140,7 +140,7 @@ def diffusion_bound(
                 at = torch.full((len(x_0),), t, device=x_0.device)
                 x_t = scheduler.add_noise(x_0, epsilon, at)
                 output = model(x_t, at)
-                predicted = scheduler.predict_original_sample(output[:, : x_0.shape[1]], at, x_t)
+                predicted = scheduler.clip(scheduler.predict_original_sample(output[:, : x_0.shape[1]], at, x_t))
                 term = term + scheduler.bound_term(output, at, x_t, x_0, bin_width).double().cpu() / draws
                 error = error + (predicted - x_0).square().flatten(1).mean(1).double().cpu() / draws
             of_batch.append(term)
@@ -262,7 +262,7 @@ class Noise:
 
 def batches(samples: torch.Tensor, seed: int, size: int, evaluations: int) -> Iterator[tuple[torch.Tensor, Noise]]:
     """This process's batches, each with its noise; every draw of it is one evaluation in the progress bar."""
-    mine = my_part(len(samples))
+    mine, size = my_part(len(samples)), fitting(size, samples[0].numel())
     with progress(total=evaluations * -(-len(mine) // size), desc="likelihood") as bar:
         for first in range(mine.start, mine.stop, size):
             batch = samples[first : min(first + size, mine.stop)]

@@ -49,17 +49,15 @@ class StageShares:
         levels: the stages, in the order of sampling.
         change: the share of stage i in the sum of all root-mean-square changes of the image; they add up to 1.
         diversity: the mean pixel standard deviation over the batch after stage i, over that of the data.
+        later_change: the root-mean-square distance from what the first stage returned to the sample, over the same.
+        largest_later_change: the largest such distance between two stages after the first.
     """
 
     levels: list[int]
     change: list[Estimate]
     diversity: list[Estimate]
-
-    @property
-    def later_change(self) -> Estimate:
-        """The share of all stages but the first."""
-        value, (low, high) = self.change[0].value, self.change[0].interval
-        return Estimate(1 - value, (1 - high, 1 - low), self.change[0].n)
+    later_change: Estimate
+    largest_later_change: Estimate
 
 
 def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float, seed: int = 0) -> StageShares:
@@ -73,6 +71,9 @@ def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float, seed: 
     """
     path = torch.stack([start, *(step.sample for step in steps)]).flatten(2)  # (1 + stages, B, d)
     changes = path.diff(dim=0).square().mean(2)  # (stages, B)
+    # Noise is so large that what takes it away is nearly all of the change: what comes after is held against the data.
+    later = mean((path[-1] - path[1]).square().mean(1)).root() * (1 / data_std)
+    largest = max((mean(change).root() * (1 / data_std) for change in changes[1:]), key=lambda e: e.value, default=later)
 
     def share_of_change(of: torch.Tensor) -> torch.Tensor:
         root = of.mean(1).sqrt()
@@ -85,7 +86,8 @@ def stage_shares(steps: list[Step], start: torch.Tensor, data_std: float, seed: 
         draws = torch.stack([figure(draw.transpose(0, 1)) for draw in bootstrap(of.transpose(0, 1), seed, RESAMPLES)])
         return [around(value, draws[:, i].tolist(), of.shape[1]) for i, value in enumerate(figure(of).tolist())]
 
-    return StageShares([step.timestep for step in steps], estimates(share_of_change, changes), estimates(spread, path[1:]))
+    shares, spreads = estimates(share_of_change, changes), estimates(spread, path[1:])
+    return StageShares([step.timestep for step in steps], shares, spreads, later, largest)
 
 
 @dataclass
@@ -162,8 +164,8 @@ def code_findings(vae: Any, train: torch.Tensor, held_out: torch.Tensor, count: 
     prior = torch.randn(codes.shape, generator=generator)
     rebuilt = vae(held_out.to(vae.device)).sample.cpu()
     return {
-        "rate": mean(rate),
+        "rate": mean(rate, same_images=True),
         "codes_told_apart": two_sample_accuracy(prior.flatten(1), codes.flatten(1), seed),
         "distance_of_codes": frechet_distance(decode(vae, codes).flatten(1), to_unit(held_out).flatten(1), seed),
-        "reconstruction_error": mean((rebuilt - held_out).square().flatten(1).mean(1)).root() * 0.5,
+        "reconstruction_error": mean((rebuilt - held_out).square().flatten(1).mean(1), same_images=True).root() * 0.5,
     }

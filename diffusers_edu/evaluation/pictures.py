@@ -99,7 +99,7 @@ def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any 
 
     def drawn(x: torch.Tensor, last: bool = False) -> torch.Tensor:
         if vae is not None:
-            return decode(vae, x[:rows] / vae.config.scaling_factor)
+            return decode(vae, x[:rows] / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0))
         return to_unit(x[:rows]) if last else visible(x[:rows])
 
     frames = [("noise", drawn(start))]
@@ -232,7 +232,7 @@ def trade_off(weights: list[float], found: list[dict[str, Estimate]]) -> Picture
     weight_names = ", ".join(f"{weight:g}" for weight in weights)
     caption = (
         f"With weights of {weight_names}, {told} of codes and draws of N(0, I) are told apart (alike: 50%), and the error "
-        f"of reconstructions is {errors}. Trained on a sixth of the images that the rung itself is."
+        f"of reconstructions is {errors}. All are trained for less long than the rung itself."
     )
     return Picture("The weight of the KL term", caption, figures.svg(figure))
 

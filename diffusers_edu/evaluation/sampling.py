@@ -12,12 +12,18 @@ import torch
 from .sharding import my_part, progress, whole
 
 ENCODED = 16  # images at a time
+VALUES = 2**22  # of the images of a batch, at most: 341 of 64x64 in colour
 
 
 def generators(seed: int, first: int, count: int) -> list[torch.Generator]:
     """One source of randomness for each sample: sample n is the same whatever the batch it is drawn in."""
     seeds = np.random.SeedSequence([seed]).generate_state(first + count, np.uint64)[first:]
     return [torch.Generator().manual_seed(int(s >> np.uint64(1))) for s in seeds]
+
+
+def fitting(most: int, values: int) -> int:
+    """How many images of so many values go through a model at a time, `most` of small ones."""
+    return max(1, min(most, VALUES // values))
 
 
 def sample(

@@ -386,7 +386,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
     def predict_original_sample(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor
     ) -> torch.Tensor:
-        """x_0 as the model sees it, from its output at x_t, before any clipping; float32 or better.
+        """x_0 as the model sees it, from its output at x_t, before any clipping (see `clip`); float32 or better.
 
         `epsilon`: (x_t - sqrt(1 - alpha_bar_t) epsilon) / sqrt(alpha_bar_t), Ho et al. 2020, eq. (15);
         `v_prediction`: sqrt(alpha_bar_t) x_t - sqrt(1 - alpha_bar_t) v, Salimans and Ho 2022, section 4.
@@ -409,6 +409,20 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
                 "with rescale_betas_zero_snr use prediction_type 'v_prediction' or 'sample'"
             )
         return _weighted_sum((inverse_signal, x_t), (-ratio, output))
+
+    def clip(self, x_0: torch.Tensor) -> torch.Tensor:
+        """The predicted image as a step takes it: under dynamic thresholding (Saharia et al. 2022, section 2.3), clipped, which may
+        overwrite the tensor, or as it is. Any shape (B, ...)."""
+        config = self.config
+        if config.thresholding:
+            quantile = torch.quantile(x_0.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)
+            bound = quantile.clamp(1, config.sample_max_value).reshape(-1, *[1] * (x_0.ndim - 1))
+            return x_0.clamp(-bound, bound) / bound
+        if config.clip_sample:
+            # In place, but for what belongs to the model.
+            clamp = x_0.clamp if config.prediction_type == "sample" else x_0.clamp_
+            return clamp(-config.clip_sample_range, config.clip_sample_range)
+        return x_0
 
     def convert_model_output(
         self, model_output: torch.Tensor, timestep: int | torch.Tensor, sample: torch.Tensor, to: str
@@ -458,7 +472,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         noise there.
         """
         model_output, predicted = self._split(model_output, sample)
-        x_0 = self._bound(self.predict_original_sample(model_output, timestep, sample))
+        x_0 = self.clip(self.predict_original_sample(model_output, timestep, sample))
         a, b, _, variance, _, log_small, log_large = self._look_up("reverse", timestep, sample)
         mean = _weighted_sum((a, x_0), (b, _upcast(sample)))
         if predicted is not None:
@@ -491,7 +505,7 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         """
         timestep = _read(timestep)
         model_output, predicted = self._split(model_output, sample)
-        x_0 = self._bound(self.predict_original_sample(model_output, timestep, sample))
+        x_0 = self.clip(self.predict_original_sample(model_output, timestep, sample))
         a, b, sigma, _, _, log_small, log_large = self._look_up("reverse", timestep, sample)
         x_t = _upcast(sample)
 
@@ -615,19 +629,6 @@ class EduDDPMScheduler(SchedulerMixin, ConfigMixin):
         if predicted_variance is not None:
             return self._learned_variance(predicted_variance, log_small, log_large)
         return sigma**2
-
-    def _bound(self, x_0: torch.Tensor) -> torch.Tensor:
-        """Dynamic thresholding (Saharia et al. 2022, section 2.3) or clipping of the predicted image, if either is on."""
-        config = self.config
-        if config.thresholding:
-            quantile = torch.quantile(x_0.abs().flatten(1), config.dynamic_thresholding_ratio, dim=1)
-            bound = quantile.clamp(1, config.sample_max_value).reshape(-1, *[1] * (x_0.ndim - 1))
-            return x_0.clamp(-bound, bound) / bound
-        if config.clip_sample:
-            # In place, but for what belongs to the model.
-            clamp = x_0.clamp if config.prediction_type == "sample" else x_0.clamp_
-            return clamp(-config.clip_sample_range, config.clip_sample_range)
-        return x_0
 
     def _set_table(self, process: str, *coefficients: torch.Tensor, factors: tuple[int, ...]) -> None:
         """Tables of coefficients, each of shape (T,), by process; for t on the host also as rows of numbers.
