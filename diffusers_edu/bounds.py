@@ -27,9 +27,7 @@ STEPS = (10, 50)  # of the chains whose bounds are measured, unless others are a
 TUNING = 0.2  # of the training images, on which the width of Parzen windows is chosen
 MOST = 1000  # images, at most, on which it is chosen, and which are explained
 CENTRES = 10_000  # windows, at most
-LARGEST = (
-    1024  # values of an image that windows are measured on: a calculation for each, and a curiosity on small images already
-)
+LARGEST = 1024  # values of an image that windows are measured on: their time grows with it
 FITTED = 4096  # training images, at most, that a variance is fitted to
 
 

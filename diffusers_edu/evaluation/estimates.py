@@ -82,10 +82,17 @@ def mean(values: torch.Tensor, same_images: bool = False) -> Estimate:
     return Estimate(centre, (centre - error, centre + error), len(values), same_images)
 
 
-def share(count: int, of: int, together: float = 1.0) -> Estimate:
-    """A share with its Wilson interval; where images are counted or not `together` on average, of so many fewer."""
+def share(count: int, of: int, together: float = 1.0, same_images: bool = False) -> Estimate:
+    """A share with its Wilson interval.
+
+    Args:
+        count: of the images.
+        of: all of them.
+        together: how many are counted, or not, together: the interval is as wide as of so many times fewer.
+        same_images: see [`Estimate`].
+    """
     interval = binomtest(round(count / together), round(of / together)).proportion_ci(LEVEL, method="wilson")
-    return Estimate(count / of, (float(interval.low), float(interval.high)), of)
+    return Estimate(count / of, (float(interval.low), float(interval.high)), of, same_images)
 
 
 def bootstrap(samples: torch.Tensor, seed: int, resamples: int) -> Iterator[torch.Tensor]:

@@ -154,7 +154,7 @@ def train_on_synthetic(
         labels, reference_labels: their classes, int64 (N,).
     """
     right = classifier(samples, labels).predict(reference.numpy()) == reference_labels.numpy()
-    return share(int(right.sum()), len(reference))
+    return share(int(right.sum()), len(reference), same_images=True)
 
 
 def frechet_distance(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, resamples: int = 50) -> Estimate:
@@ -230,7 +230,7 @@ def precision_recall(samples: torch.Tensor, reference: torch.Tensor, k: int = 3)
     Kynkäänniemi et al. 2019 (https://arxiv.org/abs/1904.06991), eq. (1) and (2). Wilson intervals.
     """
     precision, recall = within_balls(samples, reference, k).any(1), within_balls(reference, samples, k).any(1)
-    return share(int(precision.sum()), len(samples)), share(int(recall.sum()), len(reference))
+    return share(int(precision.sum()), len(samples)), share(int(recall.sum()), len(reference), same_images=True)
 
 
 def density_coverage(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, k: int = 5) -> tuple[Estimate, Estimate]:
@@ -246,7 +246,7 @@ def density_coverage(samples: torch.Tensor, reference: torch.Tensor, seed: int =
     value = density.mean().item()
     return (
         around(value, draws, len(samples)),
-        share(int(within.any(0).sum()), len(reference)),
+        share(int(within.any(0).sum()), len(reference), same_images=True),
     )
 
 

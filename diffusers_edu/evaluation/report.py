@@ -55,9 +55,9 @@ class Section:
 
 
 def number(value: float) -> str:
-    """Three digits that matter where there are so many, and no minus before a zero: 4.63, 0.117, 0.0012."""
+    """Three digits that matter where there are so many: 4.63, 0.117, 0.0012, 0."""
     text = f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
-    return text.removeprefix("-") if float(text) == 0 else text
+    return "0" if float(text) == 0 else text
 
 
 def render(
