@@ -58,6 +58,16 @@ for way in (on_main, everywhere, one_first):
                 print(way.__name__, process, type(caught).__name__, caught)
 print(on_main(accelerator, lambda: accelerator.process_index), one_first(accelerator, lambda: accelerator.process_index))
 """
+# What is there still when this process has done all that it does before the interpreter ends.
+LEAVE = """
+import atexit, os
+from torch import distributed as dist
+atexit.register(lambda: os.write(1, f"initialised: {dist.is_initialized()}\\n".encode()))
+import sys
+from diffusers_edu.cli import main
+if __name__ == "__main__":
+    main(sys.argv[1:])
+"""
 # Chance in every form: order, flips, dropout of weights and of labels.
 CHANCE = ["--rung", "latent_diffusion", "--dataset_name", "digits", "--class_conditional", "--dropout", "0.2", "--random_flip"]
 CHANCE += ["--lr_warmup_steps", "5", "--validation_steps", "20", "--validation_samples", "3", "--checkpointing_steps", "25"]
@@ -214,6 +224,20 @@ def test_every_rung_trains_on_two_processes_and_loads(tmp_path):
     for rung in RUNGS:
         assert (losses(tmp_path / "one" / rung) - losses(tmp_path / "two" / rung)).abs().max() < 1e-5
         DiffusionPipeline.from_pretrained(tmp_path / "two" / rung)
+
+
+@pytest.mark.slow
+def test_processes_that_report_to_a_tracker_have_their_last_word_and_part_before_the_interpreter_ends(tmp_path):
+    """Threads of gloo that outlive Python abort one run of a hundred."""
+    script, run = tmp_path / "leave.py", str(tmp_path / "run")
+    script.write_text(LEAVE)
+    flags = ["--dataset_name", "digits", "--train_batch_size", "8", "--max_train_steps", "3", "--report_to", "tensorboard"]
+    for command in (
+        ["train", "--rung", "dae", "--output_dir", run, *flags], ["evaluate", run, "--num_samples", "20"]
+    ):  # fmt: skip
+        done = launch(TWO["torchrun"](free_port()), str(script), *command)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("initialised: False") == 2
 
 
 @pytest.mark.slow

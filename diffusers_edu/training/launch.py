@@ -1,5 +1,6 @@
 """The accelerator of a run, whether the launch got the processes that it asked for, and what the processes agree on."""
 
+import atexit
 import os
 import pickle
 import signal
@@ -107,6 +108,8 @@ class HostGroup:
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
         self.group = dist.new_group(backend="gloo", timeout=PATIENCE) if accelerator.num_processes > 1 else None
+        if self.group is not None:
+            end_before_python(self.group)
 
     def largest(self, number: int) -> int:
         """The largest of the processes' numbers, on every process; each must ask as often as the others."""
@@ -189,6 +192,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise UsageError(f"{accelerator.distributed_type.value} shards the weights, which this trainer does not support")
     check_processes(accelerator.num_processes)
+    end_before_python()
     return accelerator
 
 
@@ -200,7 +204,24 @@ def launched_processes() -> PartialState:
     """
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     check_processes(state.num_processes)
+    end_before_python()
     return state
+
+
+def end_before_python(group: Any = None) -> None:
+    """Have the threads of a group, or of all processes, end as this process exits, before the interpreter does.
+
+    One of gloo's that lets go of a tensor later than that is stopped by Python in the middle of C++, and aborts the process: "terminate
+    called without an active exception" (https://github.com/pytorch/pytorch/pull/179291). The threads of others are left alone: ending
+    them can wait for a process that has failed.
+    """
+
+    def end() -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group(group)
+
+    if dist.is_initialized() and dist.get_backend(group) == "gloo":
+        atexit.register(end)
 
 
 def check_processes(running: int) -> None:

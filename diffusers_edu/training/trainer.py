@@ -256,8 +256,10 @@ def finish(
         write_pipeline(pipeline, output)
 
     on_main(accelerator, save)
-    if config.report_to:
-        accelerator.end_training()
+    for (
+        tracker
+    ) in accelerator.trackers:  # accelerator.end_training() would also part the processes, which have more to tell each other
+        tracker.finish()
 
 
 def gather_model(pipeline: Any, objective: Objective, weights: dict[str, torch.Tensor]) -> None:
