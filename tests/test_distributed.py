@@ -57,6 +57,7 @@ for way in (on_main, everywhere, one_first):
             except Exception as caught:
                 print(way.__name__, process, type(caught).__name__, caught)
 print(on_main(accelerator, lambda: accelerator.process_index), one_first(accelerator, lambda: accelerator.process_index))
+accelerator.end_training()
 """
 # What is there still when this process has done all that it does before the interpreter ends.
 LEAVE = """
@@ -368,6 +369,7 @@ bounds = [
 ]
 if state.is_main_process:
     torch.save([[bound.nats, bound.terms] for bound in bounds], sys.argv[1])
+state.destroy_process_group()
 """
 
 
