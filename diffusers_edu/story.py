@@ -7,7 +7,7 @@ import torch
 
 from .evaluation import figures, pictures
 from .evaluation.pictures import Picture
-from .evaluation.report import Section, render
+from .evaluation.report import Section, number, render
 from .evaluation.sampling import Step, initial_noise, trace
 from .experiment import VARIANTS, Ladder, Measured, followed
 from .rungs import RUNGS
@@ -39,7 +39,7 @@ def section(rung: Measured, ladder: Ladder) -> Section:
         "training": f"{len(rung.losses)} steps, {rung.train_seconds:.0f} s",
         "sampling": f"{1e3 * rung.sample_seconds / len(rung.samples):.2g} ms an image",
         "network calls an image": str(rung.num_inference_steps or 1),
-        "arithmetic of an image": f"{rung.figures['operations'].value / 1e6:,.3g} million operations",
+        "arithmetic of an image": f"{number(rung.figures['operations'].value / 1e6)} million operations",
     }
     return Section(
         name=rung.name,

@@ -309,7 +309,7 @@ def test_spherical_interpolation_keeps_the_ends_and_the_norm():
 
 
 def test_numbers_are_written_as_people_read_them():
-    assert [number(x) for x in (4.6312, 0.1174, 0.00123, -0.00001)] == ["4.63", "0.117", "0.0012", "0"]
+    assert [number(x) for x in (1502.9, 4.6312, 0.1174, 0.00123, -0.00001)] == ["1,503", "4.63", "0.117", "0.0012", "0"]
     assert [decimal(x) for x in (24123.0, 0.487, 2.4e-9)] == ["24,000", "0.49", "2.4e-09"]
     assert Estimate(1.0, (0.5, 1.5), 10).as_json() == {"value": 1.0, "interval": [0.5, 1.5], "n": 10}
 

@@ -55,9 +55,10 @@ class Section:
 
 
 def number(value: float) -> str:
-    """Three digits that matter where there are so many: 4.63, 0.117, 0.0012, 0."""
-    text = f"{value:.4f}" if abs(value) < 0.01 else f"{value:.3f}" if abs(value) < 1 else f"{value:.2f}"
-    return "0" if float(text) == 0 else text
+    """Three digits that matter where there are so many: 1,503, 4.63, 0.117, 0.0012, 0."""
+    places = next((places for least, places in ((100, 0), (1, 2), (0.01, 3)) if abs(value) >= least), 4)
+    text = f"{value:,.{places}f}"
+    return text if any(digit in text for digit in "123456789") else "0"
 
 
 def render(
