@@ -90,13 +90,15 @@ def evaluate(arguments: list[str]) -> None:
     parser.add_argument(
         "--likelihood", action="store_true", help="bounds on the likelihood too, in nats and bits per dimension"
     )
-    parser.add_argument("--likelihood_steps", type=int, nargs="+", metavar="K", default=[10, 50],
-                        help="of the diffusion's chains that are bounded (default: 10 50)")  # fmt: skip
+    parser.add_argument("--likelihood_steps", type=int, nargs="+", metavar="K",
+                        help="--likelihood, of the diffusion's chains of so many steps (default: 10 50)")  # fmt: skip
     parsed = parser.parse_args(arguments)
+    from .bounds import STEPS
     from .runs import evaluate_runs
 
+    steps = parsed.likelihood_steps or (STEPS if parsed.likelihood else [])
     asked = parsed.num_samples, parsed.num_inference_steps, parsed.seed, parsed.features
-    evaluate_runs([Path(run) for run in parsed.runs], *asked, parsed.likelihood, parsed.likelihood_steps)
+    evaluate_runs([Path(run) for run in parsed.runs], *asked, steps)
 
 
 def ema(arguments: list[str]) -> None:

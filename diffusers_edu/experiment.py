@@ -25,7 +25,7 @@ from .evaluation.mechanisms import (
     stage_mismatch,
     stage_shares,
 )
-from .evaluation.metrics import Reference
+from .evaluation.metrics import NATURAL, Reference
 from .evaluation.sampling import Step, initial_noise, sample, trace
 from .rungs import RUNGS, configuration, train_rung
 from .runs import as_json, load, steps_argument
@@ -192,7 +192,12 @@ def conclude(train: ImageData, held_out: ImageData, seeds: list[int], runs: list
     verdicts = {name: judge(CLAIMS[name], found) for name in RUNGS}
     count = len(runs[0]["dae"].samples)
     reference = Reference(train, held_out, make_features("pixels", train.channels, train.resolution), seeds[0])
-    floor = {**reference.floor(count), "parzen_bits_per_dim": windows(None, train, held_out, count, seeds[0])}
+    floor = {
+        **reference.floor(count),
+        "sharpness": sharpness(train.images, held_out.images),
+        "memorised": Estimate(NATURAL, (NATURAL, NATURAL), len(held_out)),  # by what it means
+        "parzen_bits_per_dim": windows(None, train, held_out, count, seeds[0]),
+    }
     return Ladder(train, held_out, seeds, runs, floor, verdicts)
 
 

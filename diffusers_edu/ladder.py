@@ -75,8 +75,8 @@ def climb(output: Path, num_samples: int = 1000, seed: int = 0, seeds: int = 1, 
     facts = {
         "data": f"{len(train)} digits to train on, {len(held_out)} held out, {train.resolution}x{train.resolution} grey",
         "samples measured": f"{num_samples} a rung",
-        "seeds": ", ".join(map(str, numbers)),
-        "run": f"{time.perf_counter() - start:.0f} s",
+        "seed" if seeds == 1 else "seeds": ", ".join(map(str, numbers)),
+        "run": f"{time.perf_counter() - start:.0f} s, rungs side by side",
         "folder": str(output),
     }
     write_text(output / "report.html", page(ladder, facts))

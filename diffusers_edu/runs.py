@@ -11,7 +11,7 @@ from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from diffusers.utils.logging import disable_progress_bar
 
-from .bounds import LARGEST, STEPS, likelihoods, windows
+from .bounds import LARGEST, likelihoods, windows
 from .checkup import after_training, of_average
 from .errors import UsageError
 from .evaluation.diagnoses import present
@@ -118,8 +118,7 @@ def evaluate_runs(
     num_inference_steps: int | None,
     seed: int,
     features: str = "auto",
-    bounds: bool = False,
-    bound_steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = (),
 ) -> None:
     """Measure saved runs on the held-out part of their data; print the figures as JSON, a line each, and of each run after the first by
     how much its figures differ.
@@ -129,26 +128,25 @@ def evaluate_runs(
     Args:
         runs: their folders.
         num_samples, num_inference_steps, seed, features: see `measure_pipeline`.
-        bounds: measure the likelihood too.
-        bound_steps: of the chains of a diffusion that it is measured of, each from 1 to the training's timesteps.
+        steps: measure the likelihood too, of a diffusion over chains of so many; none, not.
 
     Raises:
         UsageError: a folder holds no run, or the runs have not the same data; steps that no chain has.
     """
-    if min(bound_steps) < 1:
-        raise UsageError(f"--likelihood_steps {min(bound_steps)}: a chain has at least 1")
+    if steps and min(steps) < 1:
+        raise UsageError(f"--likelihood_steps {min(steps)}: a chain has at least 1")
     configs = [saved_configuration(run) for run in runs]
     state = launched_processes()
     if len(runs) > 1 and len({the_data(config)[1].fingerprint() for config in configs}) > 1:
         raise UsageError("the runs were trained on different data, and figures of different data cannot be compared")
-    first: Measurement | None = None
+    first: tuple[str, Measurement] | None = None
     for run, config in zip(runs, configs, strict=True):
         pipeline = load(str(run))
         measured = measure_pipeline(pipeline, config, num_samples, num_inference_steps, seed, features)
-        for line in lines_of(str(run), pipeline, config, measured, first, bound_steps if bounds else []):
+        for line in lines_of(str(run), pipeline, config, measured, first, steps):
             if state.is_main_process:
                 print(json.dumps(line), flush=True)
-        first = first or measured
+        first = first or (str(run), measured)
 
 
 def the_data(config: TrainingConfig) -> tuple[Any, ImageData]:
@@ -157,15 +155,22 @@ def the_data(config: TrainingConfig) -> tuple[Any, ImageData]:
 
 
 def lines_of(
-    run: str, pipeline: Any, config: TrainingConfig, measured: Measurement, first: Measurement | None, steps: Sequence[int]
+    run: str,
+    pipeline: Any,
+    config: TrainingConfig,
+    measured: Measurement,
+    first: tuple[str, Measurement] | None,
+    steps: Sequence[int],
 ) -> Iterator[dict[str, Any]]:
-    """What is printed of a run; `first` is the one that it is compared with, `steps` are of the bounds, [] for none."""
+    """What is printed of a run; `first` is the one that it is compared with, `steps` are of the bounds, none for none."""
     setting = {"num_samples": len(measured.samples), "num_inference_steps": measured.num_inference_steps, "seed": measured.seed}
     yield {"run": run, **setting, "held_out": len(measured.held_out), "features": measured.features}
     yield {"samples": as_json(measured.metrics)}
     yield {"floor": as_json(measured.floor)}
     if first is not None:
-        yield {"difference": as_json({name: value - first.metrics[name] for name, value in measured.metrics.items()})}
+        name_of_first, other = first
+        difference = {name: value - other.metrics[name] for name, value in measured.metrics.items()}
+        yield {"difference": as_json(difference), "of": f"{run} minus {name_of_first}"}
     diagnoses = after_training(pipeline, measured.held_out, measured.metrics["memorised"], measured.num_inference_steps)
     yield {"diagnoses": [each.as_json() for each in present(of_average(config), *diagnoses)]}
     if steps:

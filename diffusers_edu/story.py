@@ -88,7 +88,7 @@ def of_vae(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
     first_of = [int(torch.nonzero(labels == digit)[0]) for digit in WALKS]
     weights = {name: VARIANTS[name].get("kl_weight", RUNGS["vae"].defaults["kl_weight"]) for name in LIGHT_TO_HEAVY}
     return [
-        pictures.reconstructions(vae, signed(held_out, range(8))),
+        pictures.reconstructions(vae, signed(held_out, range(8)), rung.figures["reconstruction_error"]),
         pictures.trade_off(list(weights.values()), [ladder.figures(name) for name in weights]),
         pictures.latent_walk(vae, signed(held_out, first_of)),
     ]

@@ -39,13 +39,21 @@ def test_figures_of_different_numbers_of_images_are_not_compared():
 
 def test_over_seeds_is_students_interval_and_one_seed_keeps_its_own():
     values = [0.11, 0.14, 0.12]
-    found = over_seeds([Estimate(value, (value - 1, value + 1), 10) for value in values])
+    found = over_seeds([Estimate(value, (value - 0.01, value + 0.01), 10) for value in values])
     expected = ttest_1samp(values, 0).confidence_interval(0.95)
     assert found.value == pytest.approx(np.mean(values))
     assert found.interval == pytest.approx((expected.low, expected.high))
     assert found.n == 10
     alone = Estimate(0.1, (0.0, 0.3), 10)
     assert over_seeds([alone]) is alone
+
+
+def test_runs_that_agree_by_chance_are_no_surer_than_their_images_allow():
+    none = over_seeds([share(0, 1000)] * 3)
+    assert none.interval[0] == 0 and share(0, 3000).interval[1] < none.interval[1] < share(0, 1000).interval[1]
+    assert over_seeds([share(count, 100) for count in (96, 99, 100)]).interval[1] == 1
+    apart = over_seeds([mean(normal(400, seed)) for seed in range(3)])
+    assert apart.interval[1] - apart.value >= 1.9 / 1200**0.5
 
 
 def test_more_runs_do_not_take_away_the_chance_of_the_images_that_all_are_measured_on():

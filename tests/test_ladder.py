@@ -217,7 +217,9 @@ def test_evaluate_prints_the_bounds_and_by_how_much_runs_differ(ladder, capsys, 
     parzen = [line["parzen_bits_per_dim"] for line in printed if "parzen_bits_per_dim" in line]
     assert len(parzen) == 2 and all("training_images" in line and "no likelihood" in line["note"] for line in parzen)
     first, second = (line["samples"] for line in printed if "samples" in line)
-    (difference,) = (line["difference"] for line in printed if "difference" in line)
+    (compared,) = (line for line in printed if "difference" in line)
+    difference = compared["difference"]
+    assert compared["of"] == f"{ladder / 'noisy_stacked_dae'} minus {ladder / 'vae'}"
     name = "frechet_distance"
     assert difference[name]["value"] == pytest.approx(second[name]["value"] - first[name]["value"])
 

@@ -102,7 +102,7 @@ def test_chains_of_other_lengths_are_bounded_on_request(tmp_path, capsys):
     flags = ["--max_train_steps", "2", "--num_train_timesteps", "30", "--validation_steps", "0"]
     main(["train", "--rung", "ddpm", "--dataset_name", "digits", "--output_dir", run, *flags])
     capsys.readouterr()
-    asked = ["--num_samples", "10", "--num_inference_steps", "1", "--likelihood", "--likelihood_steps", "3", "30", "1000"]
+    asked = ["--num_samples", "10", "--num_inference_steps", "1", "--likelihood_steps", "3", "30", "1000"]
     main(["evaluate", run, *asked])
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
     bounds = [line["likelihood"] for line in lines if "likelihood" in line]

@@ -323,8 +323,14 @@ def test_a_finished_run_resumed_is_left_as_it_is_and_can_be_made_longer(tmp_path
     assert [line["step"] for line in log(tmp_path)] == list(range(1, 9))
     with pytest.raises(UsageError, match="beyond --max_train_steps 4"):
         run(tmp_path, resume_from_checkpoint="latest", max_train_steps=4)
-    with pytest.raises(UsageError, match="max_train_steps 8 -> 9"):
+    with pytest.raises(UsageError, match=r"max_train_steps 8 -> 9.*make it longer by --resume_from_checkpoint latest"):
         run(tmp_path, max_train_steps=9)
+
+
+def test_a_run_that_has_never_been_resumed_can_be_made_longer(tmp_path):
+    run(tmp_path)
+    run(tmp_path, resume_from_checkpoint="latest", max_train_steps=8)
+    assert [line["step"] for line in log(tmp_path)] == list(range(1, 9))
 
 
 def test_the_logged_learning_rate_is_the_one_the_step_took(tmp_path):

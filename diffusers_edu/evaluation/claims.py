@@ -95,6 +95,7 @@ def gain(rung: str, *before: str, name: str = "frechet_distance") -> Callable[[R
 
 
 BEFORE_DIFFUSION = ("dae", "stacked_dae", "noisy_stacked_dae", "vae")
+BLURRED = 0.95  # of the sharpness of data
 AS_GOOD = 0.02  # of Fréchet distance, a quarter of what real digits are apart
 
 CLAIMS: dict[str, list[Claim]] = {
@@ -142,7 +143,7 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim(
             "Its samples are blurred: each stage returns an average.",
             [
-                Check("sharpness (data: 1)", figure("noisy_stacked_dae", "sharpness"), below=0.95),
+                Check("sharpness (data: 1)", figure("noisy_stacked_dae", "sharpness"), below=BLURRED),
                 Check("diversity of the samples (data: 1)", figure("noisy_stacked_dae", "diversity"), above=0.5),
             ],
             "The average is over the digits that its input allows.",
@@ -182,7 +183,7 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim(
             "Samples of the autoencoder are blurred.",
             [
-                Check("sharpness (data: 1)", figure("vae", "sharpness"), below=0.95),
+                Check("sharpness (data: 1)", figure("vae", "sharpness"), below=BLURRED),
                 Check("diversity of the samples (data: 1)", figure("vae", "diversity"), above=0.5),
             ],
             "The decoder returns the mean of all digits that a code may stand for.",
@@ -230,7 +231,7 @@ CLAIMS: dict[str, list[Claim]] = {
         Claim(
             "Its samples are as sharp and as diverse as the data.",
             [
-                Check("sharpness (data: 1)", figure("ddpm", "sharpness"), above=0.9, below=1.1),
+                Check("sharpness (data: 1)", figure("ddpm", "sharpness"), above=BLURRED, below=1.1),
                 Check("diversity (data: 1)", figure("ddpm", "diversity"), above=0.9, below=1.1),
             ],
             "No step has to average over different digits: what is left open is decided by the noise of the next one.",

@@ -1,5 +1,6 @@
 """A measured figure with its interval, and what may be said of two of them, or of one over several seeds."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,17 @@ LEVEL = 0.95  # of every interval
 class Estimate:
     """A measured figure: its value, a 95 % interval (each function says over what), and the number of images it is of.
 
-    `same_images`: the interval is over images that another run is measured on too, as held-out ones are. Samples are its own.
+    Args:
+        value, interval, n: as said.
+        same_images: the interval is over images that another run is measured on too, as held-out ones are. Samples are its own.
+        limits: what the figure cannot pass, of a share 0 and 1.
     """
 
     value: float
     interval: tuple[float, float]
     n: int
     same_images: bool = False
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
     def as_json(self) -> dict:
         return {"value": self.value, "interval": list(self.interval), "n": self.n}
@@ -58,8 +63,9 @@ class Estimate:
 def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     """One figure of several runs: their mean, with Student's interval over runs, which holds the chance of training too.
 
-    What an interval over the same images adds does not become less with the number of runs: the arms add up as squares.
-    Of a single run, its own. `n` stays the number of images of each.
+    It is not narrower than what the runs' own intervals come to, though a few runs may agree by chance. What an interval over the same
+    images adds does not become less with their number: the arms add up as squares. Of a single run, its own. `n` stays the number of
+    images of each.
 
     Raises:
         ValueError: none, or of different numbers of images.
@@ -71,9 +77,15 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     values = np.array([estimate.value for estimate in estimates])
     mean = float(values.mean())
     arm = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    down, up = (
+        np.mean([abs(estimate.value - estimate.interval[side]) for estimate in estimates]) for side in (0, 1)
+    )  # of a run's own
     if all(estimate.same_images for estimate in estimates):
-        arm = float(np.hypot(arm, np.mean([np.diff(estimate.interval) / 2 for estimate in estimates])))
-    return Estimate(mean, (mean - arm, mean + arm), estimates[0].n)
+        down, up = np.hypot(arm, down), np.hypot(arm, up)
+    else:
+        down, up = (max(arm, own / len(values) ** 0.5) for own in (down, up))
+    low, high = estimates[0].limits
+    return Estimate(mean, (max(low, mean - float(down)), min(high, mean + float(up))), estimates[0].n)
 
 
 def mean(values: torch.Tensor, same_images: bool = False) -> Estimate:
@@ -92,7 +104,7 @@ def share(count: int, of: int, together: float = 1.0, same_images: bool = False)
         same_images: see [`Estimate`].
     """
     interval = binomtest(round(count / together), round(of / together)).proportion_ci(LEVEL, method="wilson")
-    return Estimate(count / of, (float(interval.low), float(interval.high)), of, same_images)
+    return Estimate(count / of, (float(interval.low), float(interval.high)), of, same_images, (0.0, 1.0))
 
 
 def bootstrap(samples: torch.Tensor, seed: int, resamples: int) -> Iterator[torch.Tensor]:

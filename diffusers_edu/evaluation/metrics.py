@@ -21,6 +21,7 @@ from .features import INCEPTION
 from .sharding import by_one, my_part, whole
 
 MOST = 10_000  # images that samples are held against
+NATURAL = 0.05  # the share of new images that are nearer to an image trained on than is usual
 ROUNDING = 1e-4  # of a distance of 0; two images that differ by one grey level of 256 in one value are 0.004 apart
 CHUNK = 5_000  # images between which and others distances are taken at a time
 
@@ -277,7 +278,7 @@ def memorised(samples: torch.Tensor, train: Any, held_out: Any) -> Estimate:
         train, held_out: as in [`Reference`]; all of the first are looked at.
     """
     usual, distances = (nearest(images, train) for images in (held_out.images, samples))
-    return share(int((distances <= usual.quantile(0.05) + ROUNDING).sum()), len(samples))
+    return share(int((distances <= usual.quantile(NATURAL) + ROUNDING).sum()), len(samples))
 
 
 def nearest(images: torch.Tensor, data: Any) -> torch.Tensor:

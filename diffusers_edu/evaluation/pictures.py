@@ -102,7 +102,7 @@ def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any 
             return decode(vae, x[:rows] / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0))
         return to_unit(x[:rows]) if last else visible(x[:rows])
 
-    frames = [("noise", drawn(start))]
+    frames = [("noise" if vae is None else "noise, decoded", drawn(start))]
     frames += [(f"{noun} {step.timestep}", drawn(step.sample, i == len(steps) - 1)) for i, step in enumerate(steps)]
     chosen = [0, *(1 + i for i in spread(len(steps)))]
     columns = [(frames[i][0] if i <= 1 else frames[i][0].removeprefix(f"{noun} "), frames[i][1]) for i in chosen]
@@ -135,7 +135,7 @@ def stage_chart(shares: StageShares, fresh_noise: bool) -> Picture:
         f"stage {name}: {of_change:.1%} of all the change; diversity {left:.3g} after it"
         for name, of_change, left in zip(names, change, diversity, strict=True)
     ]
-    after = "what is handed on, fresh noise included" if fresh_noise else "what is handed on"
+    after = "what is handed on, not clipped, fresh noise included" if fresh_noise else "what is handed on, not clipped"
     caption = (
         f"The first stage makes {change[0]:.1%} of all the change, and leaves a diversity of {diversity[0]:.2f}; the last leaves "
         f"{diversity[-1]:.2f} ({after})."
@@ -185,7 +185,7 @@ def bound_pictures(bound: Bound) -> list[Picture]:
     by_timestep = Picture(
         "The bound, step by step",
         f"{bound.bits_per_dim().value:.2f} bits/dim in all, of which the {len(terms) // 5} steps next to the image take "
-        f"{near / total:.0%}.",
+        f"{near / total:.0%}. (The grid is spaced `trailing`, from the last timestep; that of the samples `leading`, to the first.)",
         figures.readout(figure, labels, "timestep"),
     )
     figure, axes = figures.chart(
@@ -259,12 +259,14 @@ def slerp(first: torch.Tensor, last: torch.Tensor, share: float) -> torch.Tensor
 
 
 @torch.no_grad()
-def reconstructions(vae: Any, images: torch.Tensor) -> Picture:
-    """Held-out images above what their codes decode to. `images`: (N, C, H, W) in [-1, 1]."""
+def reconstructions(vae: Any, images: torch.Tensor, error: Estimate) -> Picture:
+    """Held-out images above what their codes decode to; `error` is that of all. `images`: (N, C, H, W) in [-1, 1]."""
     rebuilt = vae(images.to(vae.device, vae.dtype)).sample
-    error = (rebuilt.float().cpu() - images).square().mean().sqrt().item() / 2
     pairs = torch.cat([to_unit(images), to_unit(rebuilt)])
-    caption = f"Held-out digits above, what their codes decode to below: root-mean-square error {error:.3f} of the grey range."
+    caption = (
+        f"Held-out digits above, what their codes decode to below: the root-mean-square error over all is {error.value:.3f} of the "
+        "grey range."
+    )
     return Picture("Reconstructions", caption, figures.grid(pairs, len(images), "reconstructions"))
 
 

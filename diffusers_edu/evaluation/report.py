@@ -19,6 +19,7 @@ FIGURES = {
     "density": "Density",
     "coverage": "Coverage",
     "diversity": "Diversity",
+    "sharpness": "Sharpness",
     "train_on_synthetic": "Teaches a classifier",
     "two_sample_accuracy": "Told from data",
     "memorised": "Memorised",

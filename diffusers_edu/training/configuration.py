@@ -177,6 +177,10 @@ class TrainingConfig:
             UsageError: the folder holds the configuration of another run. Nothing is changed then.
         """
         self.check_folder()
+        self.write()
+
+    def write(self) -> None:
+        """As `save`, over whatever is there."""
         path = Path(self.output_dir) / CONFIG_NAME
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -209,6 +213,7 @@ class TrainingConfig:
         changed = [name for name in mine if name not in free and saved.get(name) != mine[name]]
         if changed:
             differences = ", ".join(f"{name} {saved.get(name)} -> {mine[name]}" for name in changed)
+            longer = ", or make it longer by --resume_from_checkpoint latest" if changed == ["max_train_steps"] else ""
             raise UsageError(
-                f"{self.output_dir} holds another run ({differences}); choose another --output_dir or move it away"
+                f"{self.output_dir} holds another run ({differences}); choose another --output_dir, or move it away{longer}"
             )

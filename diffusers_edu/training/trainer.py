@@ -126,7 +126,7 @@ def prepare_folder(config: TrainingConfig, total: int) -> tuple[Path | None, dic
     start_step = 0 if checkpoint is None else step_of(checkpoint)
     state = {} if checkpoint is None else check(checkpoint, total)
     before = config.saved().get("resume_from_checkpoint")
-    replace(config, resume_from_checkpoint=before).save()
+    replace(config, resume_from_checkpoint=before).write()
     discard_later(output, start_step)
     discard_snapshots(output, start_step)
     cut_log(output / VALIDATION_NAME, start_step)
