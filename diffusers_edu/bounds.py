@@ -12,12 +12,10 @@ from .evaluation.likelihood import (
     diffusion_bound,
     in_bits,
     latent_diffusion_bound,
-    scaled,
     unconditional,
 )
-from .evaluation.metrics import some
 from .evaluation.parzen import parzen
-from .evaluation.sampling import posteriors
+from .evaluation.sampling import posteriors, scaled
 from .schedulers.fitting import fit_variance
 from .training.configuration import TrainingConfig
 from .training.data import ImageData
@@ -81,7 +79,7 @@ def chain(pipeline: Any, train: ImageData, variance: str = "analytic", seed: int
     if variance != "analytic":
         return scheduler.from_config(scheduler.config, variance_type=variance, timestep_spacing="trailing")
     vae = pipeline.components.get("vae")
-    images = everything(some(train, FITTED))
+    images = everything(train.some(FITTED))
     fitted = fit_variance(pipeline, images if vae is None else latents(vae, images, seed), seed=seed)
     return fitted.from_config(fitted.config, timestep_spacing="trailing")
 
@@ -111,7 +109,7 @@ def windows(samples: torch.Tensor | None, train: ImageData, held_out: ImageData,
     cut = max(1, round(TUNING * len(train)))
     count = min(count, CENTRES, len(train) - cut)
     centres = everything(train.part(order[cut : cut + count])) if samples is None else samples[:count] * 2 - 1
-    tuning, x = everything(train.part(order[:cut][:MOST])), everything(some(held_out, MOST))
+    tuning, x = everything(train.part(order[:cut][:MOST])), everything(held_out.some(MOST))
     nats, _ = parzen(centres, tuning, x, 2 / held_out.max_value)
     return in_bits(nats, x[0].numel())
 
@@ -130,7 +128,7 @@ def likelihoods(
     if reason is not None:
         yield {"none": reason}
         return
-    held_out = some(held_out, MOST)
+    held_out = held_out.some(MOST)
     cases: list[tuple[dict[str, Any], Any]] = [({"codes": codes}, None) for codes in CODES]
     if (unet := pipeline.components.get("unet")) is not None:
         variances = ["fixed_small", "fixed_large", "analytic", *([config.variance_type] if config.learns_variance else [])]

@@ -15,7 +15,6 @@ from .evaluation.diagnoses import (
     signal_left,
 )
 from .evaluation.estimates import Estimate
-from .evaluation.metrics import some
 from .training.averages import warmed_up
 from .training.configuration import TrainingConfig
 from .training.data import ImageData
@@ -73,7 +72,7 @@ def of_noise(pipeline: Any, data: Any) -> Iterable[Diagnosis | None]:
 
 def few(data: Any) -> Any:
     """Some images as the models see them, float32 (N, C, H, W) in [-1, 1]; of a stream the first."""
-    chosen = some(data, LOOKED_AT) if isinstance(data, ImageData) else data.head(LOOKED_AT)
+    chosen = data.some(LOOKED_AT) if isinstance(data, ImageData) else data.head(LOOKED_AT)
     return chosen.batch(list(range(len(chosen))))["images"]
 
 

@@ -129,7 +129,7 @@ def of_dae(measured: Measured, pipeline: Any, train: ImageData, held_out: ImageD
 
 
 def of_stack(measured: Measured, pipeline: Any, train: ImageData, held_out: ImageData, seed: int) -> None:
-    shares = stage_shares(*followed(measured, pipeline, seed), 2 * held_out.images.std(0).mean().item(), seed)
+    shares = stage_shares(*followed(measured, pipeline, seed, TRACED), 2 * held_out.images.std(0).mean().item(), seed)
     measured.shares = shares
     measured.figures |= {
         "diversity_after_first": shares.diversity[0],
@@ -138,10 +138,10 @@ def of_stack(measured: Measured, pipeline: Any, train: ImageData, held_out: Imag
     }
 
 
-def followed(measured: Measured, pipeline: Any, seed: int) -> tuple[list[Step], torch.Tensor]:
-    """The steps of a stack for some samples, and the noise that they start from."""
-    start = pipeline.model.config.sigma_max * initial_noise(seed, TRACED, measured.samples.shape[1:])
-    return trace(pipeline, TRACED, seed, **steps_argument(measured.num_inference_steps)), start
+def followed(measured: Measured, pipeline: Any, seed: int, count: int) -> tuple[list[Step], torch.Tensor]:
+    """The steps of a stack for the first samples, and the noise that they start from."""
+    start = pipeline.model.config.sigma_max * initial_noise(seed, count, measured.samples.shape[1:])
+    return trace(pipeline, count, seed, **steps_argument(measured.num_inference_steps)), start
 
 
 def of_noisy_stack(measured: Measured, pipeline: Any, train: ImageData, held_out: ImageData, seed: int) -> None:

@@ -18,7 +18,7 @@ from .evaluation.diagnoses import present
 from .evaluation.estimates import Estimate
 from .evaluation.features import make_features
 from .evaluation.metrics import Reference
-from .evaluation.sampling import fitting, sample
+from .evaluation.sampling import DRAWN, fitting, sample
 from .evaluation.sharding import by_one, is_shared
 from .rungs import RUNGS
 from .training.averages import synthesise
@@ -29,7 +29,6 @@ from .training.launch import launched_processes, one_first
 from .training.trainer import batches_of
 
 FEWEST = 10  # samples that figures can be made of
-BATCH = 250  # samples drawn at a time, of small images
 FEWEST_REAL = 6  # images of either kind: they are told by their five nearest
 STREAMED = 1000  # images of a stream that stand for it
 
@@ -94,12 +93,8 @@ def measure_pipeline(
     if getattr(getattr(unet, "config", None), "num_class_embeds", None) is not None and held_out.labels is not None:
         order = torch.randperm(len(held_out), generator=torch.Generator().manual_seed(seed))  # files are often sorted by class
         labels = held_out.labels[order[torch.arange(num_samples) % len(held_out)]]
-    batch_size = fitting(BATCH, held_out.pixels[0].numel())
+    batch_size = fitting(DRAWN, held_out.pixels[0].numel())
     samples = sample(pipeline, num_samples, seed, batch_size, labels, **steps_argument(steps))
-    if not bool(samples.isfinite().all()):
-        raise UsageError(
-            "the samples hold values that are not finite: the model has diverged, or its precision is too low for it"
-        )
     figures = reference.measure(samples, labels)
     return Measurement(samples, figures, reference.floor(num_samples), made.name, train, held_out, steps, seed)
 

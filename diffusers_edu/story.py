@@ -15,6 +15,7 @@ from .runs import load, steps_argument
 from .training.data import ImageData
 
 SHOWN = 32  # samples of each rung on the page
+FOLLOWED = 4  # of them, from noise
 LIGHT_TO_HEAVY = ("vae_light", "vae_middle", "vae_heavy")  # the KL terms of autoencoders
 WALKS = (0, 6, 3, 8, 4, 9, 1, 7)  # the digits between which the walks in latent space lead, in pairs
 
@@ -62,9 +63,9 @@ def signed(data: ImageData, indices: Iterable[int]) -> torch.Tensor:
     return data.batch(list(indices))["images"]
 
 
-def record(rung: Measured, pipeline: Any, count: int, seed: int) -> list[Step]:
-    """The steps of one call for the first `count` samples."""
-    return trace(pipeline, count, seed, **steps_argument(rung.num_inference_steps))
+def record(rung: Measured, pipeline: Any, seed: int) -> list[Step]:
+    """The steps of one call for the first samples."""
+    return trace(pipeline, FOLLOWED, seed, **steps_argument(rung.num_inference_steps))
 
 
 def of_dae(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
@@ -76,7 +77,7 @@ def of_dae(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
 
 def of_stack(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
     assert rung.shares is not None
-    steps, start = followed(rung, pipeline, ladder.seeds[0])
+    steps, start = followed(rung, pipeline, ladder.seeds[0], FOLLOWED)
     drawn = [pictures.stage_chart(rung.shares, pipeline.model.config.fresh_noise)]
     drawn += [] if rung.mismatch is None else [pictures.mismatch_chart(rung.mismatch, rung.figures["frechet_distance"])]
     return [*drawn, *pictures.reverse_process(start, steps, "stage")]
@@ -97,16 +98,16 @@ def of_vae(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
 def of_ddpm(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
     seed = ladder.seeds[0]
     near = pictures.nearest(rung.samples, ladder.train.images, ladder.held_out.images)
-    start = initial_noise(seed, 4, rung.samples.shape[1:])
-    reverse = pictures.reverse_process(start, record(rung, pipeline, 4, seed), "timestep")
+    start = initial_noise(seed, FOLLOWED, rung.samples.shape[1:])
+    reverse = pictures.reverse_process(start, record(rung, pipeline, seed), "timestep")
     return [near, *reverse, *([] if rung.bound is None else pictures.bound_pictures(rung.bound))]
 
 
 def of_latent_diffusion(rung: Measured, pipeline: Any, ladder: Ladder) -> list[Picture]:
     seed, prior = ladder.seeds[0], ladder.rungs["vae"]
     near = pictures.nearest(rung.samples, ladder.train.images, ladder.held_out.images)
-    start = initial_noise(seed, 4, pipeline.vae.latent_shape)
-    reverse = pictures.reverse_process(start, record(rung, pipeline, 4, seed), "timestep", pipeline.vae)
+    start = initial_noise(seed, FOLLOWED, pipeline.vae.latent_shape)
+    reverse = pictures.reverse_process(start, record(rung, pipeline, seed), "timestep", pipeline.vae)
     return [near, *pictures.same_decoder(prior.samples[:SHOWN], rung.samples[:SHOWN]), *reverse]
 
 

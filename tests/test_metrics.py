@@ -18,7 +18,6 @@ from diffusers_edu.evaluation.metrics import (
     measure,
     memorised,
     precision_recall,
-    some,
     two_sample_accuracy,
 )
 from diffusers_edu.training.data import ImageData, load_digits
@@ -254,7 +253,7 @@ def test_the_floor_is_of_as_many_images_as_there_are_samples():
 def test_of_many_images_the_same_few_are_taken(monkeypatch):
     monkeypatch.setattr("diffusers_edu.evaluation.metrics.MOST", 50)
     data = images(300, 0)
-    first, again = some(data, 50), some(data, 50)
+    first, again = data.some(50), data.some(50)
     assert len(first) == len(first.labels) == 50
     assert torch.equal(first.pixels, again.pixels)
     index = (data.pixels.flatten(1) == first.pixels[7].flatten()).all(1).nonzero().item()

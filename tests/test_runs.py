@@ -83,9 +83,7 @@ def test_held_out_images_that_are_all_alike_are_told(data, monkeypatch):
 
 def test_without_dropped_classes_a_model_has_no_bound_for_an_image_alone(data):
     config = TrainingConfig(**{**vars(CONFIG), "conditioning_dropout_prob": 0.0})
-    model = Perfect()
-    model.scheduler = model.components["scheduler"]
-    (found,) = likelihoods(model, config, *data, seed=0)
+    (found,) = likelihoods(Perfect(), config, *data, seed=0)
     assert "--conditioning_dropout_prob 0" in found["none"]
 
 

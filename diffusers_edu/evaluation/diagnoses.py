@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from .estimates import Estimate
-from .sampling import generators, posteriors, watched_steps
+from .sampling import generators, posteriors, scaled, watched_steps
 
 ACTIVE = (
     0.01  # the variance of a code's mean over images, above which its dimension says something: Burda et al. 2016, section 5.1
@@ -62,14 +62,13 @@ def latent_scale(vae: Any, images: torch.Tensor, seed: int = 0) -> Diagnosis | N
     """Whether the latents that a diffusion is trained on have a standard deviation near 1; Rombach et al. 2022, appendix G."""
     generator = torch.Generator().manual_seed(seed)
     z = torch.cat([posterior.sample(generator) for posterior in posteriors(vae, images)]).float()
-    scale, shift = vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0
-    std = ((z - shift) * scale).std().item()
+    std = scaled(vae, z).std().item()
     if SCALE[0] <= std <= SCALE[1]:
         return None
     return Diagnosis(
         "latent std far from 1",
         f"the scaled latents have a standard deviation of {std:.3g}, so that the noise levels mean something else than for images",
-        f"vae.register_to_config(scaling_factor={scale / std:.5g}) and save it, before the diffusion is trained",
+        f"vae.register_to_config(scaling_factor={vae.config.scaling_factor / std:.5g}) and save it, before the diffusion is trained",
     )
 
 

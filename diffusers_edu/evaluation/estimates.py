@@ -77,13 +77,12 @@ def over_seeds(estimates: Sequence[Estimate]) -> Estimate:
     values = np.array([estimate.value for estimate in estimates])
     mean = float(values.mean())
     arm = float(t.ppf((1 + LEVEL) / 2, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-    down, up = (
-        np.mean([abs(estimate.value - estimate.interval[side]) for estimate in estimates]) for side in (0, 1)
-    )  # of a run's own
+    own = [np.abs(np.array(estimate.interval) - estimate.value) for estimate in estimates]  # the arms of each run
+    down, up = np.mean(own, axis=0)
     if all(estimate.same_images for estimate in estimates):
         down, up = np.hypot(arm, down), np.hypot(arm, up)
     else:
-        down, up = (max(arm, own / len(values) ** 0.5) for own in (down, up))
+        down, up = (max(arm, one / len(values) ** 0.5) for one in (down, up))
     low, high = estimates[0].limits
     return Estimate(mean, (max(low, mean - float(down)), min(high, mean + float(up))), estimates[0].n)
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .estimates import Estimate, mean
-from .sampling import fitting, generators
+from .sampling import fitting, generators, scaled
 from .sharding import my_part, progress, whole
 
 BLOCK = 2**16  # numbers drawn at once for an image
@@ -220,11 +220,6 @@ def latent_diffusion_bound(
     scale = torch.full((len(y),), -y[0].numel() * math.log(vae.config.scaling_factor), dtype=torch.float64)
     parts = {"reconstruction": whole(reconstruction), "posterior": whole(log_q), **prior.parts, "scale": scale}
     return Bound(parts, images[0].numel(), prior.timesteps, prior.terms, prior.squared_errors)
-
-
-def scaled(vae: Any, z: torch.Tensor) -> torch.Tensor:
-    """Codes as their diffusion sees them, y = s (z - m); Rombach et al. 2022, appendix G."""
-    return (z - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
 
 
 def unconditional(unet: Any) -> Model:

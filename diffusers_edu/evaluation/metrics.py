@@ -16,6 +16,7 @@ from sklearn.svm import SVC
 from torch import nn
 from torchmetrics.image.kid import KernelInceptionDistance
 
+from ..errors import UsageError
 from .estimates import Estimate, around, bootstrap, share
 from .features import INCEPTION
 from .sharding import by_one, my_part, whole
@@ -43,14 +44,15 @@ class Reference:
     Under `accelerate launch` features are shared out over the processes, each of which must ask as often as the others.
 
     Args:
-        train, held_out: with a length, `images`, float (N, C, H, W) in [0, 1], `labels`, int64 (N,) or None, and `part(indices)`.
+        train, held_out: with a length, `images`, float (N, C, H, W) in [0, 1], `labels`, int64 (N,) or None, `part(indices)` and
+            `some(count)`.
         features: (N, C, H, W) in [0, 1] to (N, d); see [`features.make_features`].
         seed: of the bootstrap and the subsets.
     """
 
     def __init__(self, train: Any, held_out: Any, features: Callable[[torch.Tensor], torch.Tensor], seed: int = 0):
         self.features, self.seed, self.everything = features, seed, train
-        train, self.data = some(train, MOST), some(held_out, MOST)
+        train, self.data = train.some(MOST), held_out.some(MOST)
         self.train, self.held_out = self.of(train.images), self.of(self.data.images)
         self.labels, self.held_out_labels = train.labels, self.data.labels
 
@@ -67,10 +69,12 @@ class Reference:
         training images.
 
         Raises:
-            ValueError: samples of another shape, or with values that are not finite.
+            ValueError: samples of another shape; a `UsageError`, where they hold values that are not finite.
         """
         if not bool(samples.isfinite().all()):
-            raise ValueError("the samples hold values that are not finite")
+            raise UsageError(
+                "the samples hold values that are not finite: the model has diverged, or its precision is too low for it"
+            )
         features = self.of(samples)
 
         def figures() -> dict[str, Estimate]:
@@ -98,13 +102,6 @@ class Reference:
             labels = torch.from_numpy(classifier(self.train, self.labels).predict(features[:MOST].numpy()))
         lesson = features[:MOST], labels[:MOST]  # its time grows with the square of their number
         return {"train_on_synthetic": train_on_synthetic(*lesson, self.held_out, self.held_out_labels)}
-
-
-def some(data: Any, most: int) -> Any:
-    """A data set, or the same so many images of it each time."""
-    if len(data) <= most:
-        return data
-    return data.part(torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:most].sort().values)
 
 
 def measure(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, standardise: bool = True) -> dict[str, Estimate]:
@@ -211,11 +208,8 @@ def kernel_distance(
     size = min(len(samples) // 2, len(reference) // 2, 1000)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # that all features are kept in memory, where they are already
-        options: dict[str, Any] = {
-            "subsets": subsets,
-            "subset_size": size,
-            "sync_on_compute": False,
-        }  # every process has all of them
+        # Every process has all of them: there is nothing to synchronise.
+        options: dict[str, Any] = {"subsets": subsets, "subset_size": size, "sync_on_compute": False}
         metric = KernelInceptionDistance(Precomputed(samples.shape[1]), **options)
     metric.update(reference.double(), real=True)
     metric.update(samples.double(), real=False)
@@ -245,10 +239,8 @@ def density_coverage(samples: torch.Tensor, reference: torch.Tensor, seed: int =
     density = within.double().sum(1) / k
     draws = [draw.mean().item() for draw in bootstrap(density, seed, resamples=50)]
     value = density.mean().item()
-    return (
-        around(value, draws, len(samples)),
-        share(int(within.any(0).sum()), len(reference), same_images=True),
-    )
+    coverage = share(int(within.any(0).sum()), len(reference), same_images=True)
+    return around(value, draws, len(samples)), coverage
 
 
 def two_sample_accuracy(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0) -> Estimate:
@@ -294,7 +286,7 @@ def within_balls(points: torch.Tensor, manifold: torch.Tensor, k: int) -> torch.
     """Which points lie within which image's ball, whose radius is the distance to its k-th neighbour: bool (points, manifold)."""
     radii = NearestNeighbors(n_neighbors=k).fit(manifold.numpy()).kneighbors()[0][:, -1]
     radius, everyone = torch.from_numpy(radii), manifold.double()
-    return torch.cat([torch.cdist(some.double(), everyone) <= radius for some in points.split(CHUNK)])
+    return torch.cat([torch.cdist(part.double(), everyone) <= radius for part in points.split(CHUNK)])
 
 
 def diversity(samples: torch.Tensor, reference: torch.Tensor, seed: int = 0, resamples: int = 50) -> Estimate:

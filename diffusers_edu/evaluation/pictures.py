@@ -12,7 +12,7 @@ from . import figures
 from .estimates import Estimate
 from .likelihood import Bound
 from .mechanisms import Mismatch, StageShares
-from .sampling import Step, decode, to_unit
+from .sampling import Step, decode, to_unit, unscaled
 
 COLUMNS = 11  # of a strip
 FRAMES = 51  # of a slider
@@ -86,7 +86,7 @@ def decimal(value: float) -> str:
     return f"{value:.2g}" if value < 1e-3 else f"{float(f'{value:.2g}'):,g}"
 
 
-def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any = None, rows: int = 4) -> list[Picture]:
+def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any = None) -> list[Picture]:
     """From the noise that a call started with, by what was handed on after each of its steps, to samples: a slider, and a strip.
 
     Args:
@@ -94,13 +94,12 @@ def reverse_process(start: torch.Tensor, steps: list[Step], noun: str, vae: Any 
         steps: the record of the call.
         noun: what a step is called, "stage" or "timestep".
         vae: decodes latents for the eye.
-        rows: samples to show.
     """
 
     def drawn(x: torch.Tensor, last: bool = False) -> torch.Tensor:
         if vae is not None:
-            return decode(vae, x[:rows] / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0))
-        return to_unit(x[:rows]) if last else visible(x[:rows])
+            return decode(vae, unscaled(vae, x))
+        return to_unit(x) if last else visible(x)
 
     frames = [("noise" if vae is None else "noise, decoded", drawn(start))]
     frames += [(f"{noun} {step.timestep}", drawn(step.sample, i == len(steps) - 1)) for i, step in enumerate(steps)]

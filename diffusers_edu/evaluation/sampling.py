@@ -11,7 +11,7 @@ import torch
 
 from .sharding import my_part, progress, whole
 
-ENCODED = 16  # images at a time
+DRAWN, ENCODED = 250, 16  # images at a time
 VALUES = 2**22  # of the images of a batch, at most: 341 of 64x64 in colour
 
 
@@ -27,7 +27,7 @@ def fitting(most: int, values: int) -> int:
 
 
 def sample(
-    pipeline: Any, count: int, seed: int = 0, batch_size: int = 250, labels: torch.Tensor | None = None, **kwargs: Any
+    pipeline: Any, count: int, seed: int = 0, batch_size: int = DRAWN, labels: torch.Tensor | None = None, **kwargs: Any
 ) -> torch.Tensor:
     """`count` samples of a pipeline as float32 (count, C, H, W) in [0, 1], shared out over the processes of a launch.
 
@@ -113,6 +113,21 @@ def posteriors(vae: Any, images: torch.Tensor) -> Iterator[Any]:
         with torch.no_grad():
             posterior = vae.encode(x.to(vae.device, vae.dtype)).latent_dist
         yield posterior
+
+
+def scaled(vae: Any, z: torch.Tensor) -> torch.Tensor:
+    """Codes as their diffusion sees them, y = s (z - m); Rombach et al. 2022, appendix G."""
+    return (z - shift(vae)) * vae.config.scaling_factor
+
+
+def unscaled(vae: Any, y: torch.Tensor) -> torch.Tensor:
+    """The codes again, z = y / s + m."""
+    return y / vae.config.scaling_factor + shift(vae)
+
+
+def shift(vae: Any) -> float:
+    """m, which not every VAE has."""
+    return getattr(vae.config, "shift_factor", None) or 0.0
 
 
 @torch.no_grad()

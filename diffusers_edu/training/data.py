@@ -106,6 +106,12 @@ class ImageData:
             strips=self.strips and [self.strips[i] for i in chosen],
         )
 
+    def some(self, count: int) -> "ImageData":
+        """At most so many of the images, the same each time, from all over the data set, in their order."""
+        if count >= len(self):
+            return self
+        return self.part(torch.randperm(len(self), generator=torch.Generator().manual_seed(0))[:count].sort().values)
+
     def head(self, count: int) -> "ImageData":
         """The first images."""
         return self if count >= len(self) else self.part(range(count))

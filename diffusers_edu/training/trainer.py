@@ -256,9 +256,8 @@ def finish(
         write_pipeline(pipeline, output)
 
     on_main(accelerator, save)
-    for (
-        tracker
-    ) in accelerator.trackers:  # accelerator.end_training() would also part the processes, which have more to tell each other
+    # accelerator.end_training() would also part the processes, which have more to tell each other.
+    for tracker in accelerator.trackers:
         tracker.finish()
 
 
